@@ -1,0 +1,1 @@
+"""The application domains of the zoo, one package each; the registry imports them by name."""

@@ -1,0 +1,457 @@
+"""GMAN: A Graph Multi-Attention Network for Traffic Prediction (Zheng, Fan, Wang, Qi; AAAI 2020).
+
+Shapes: B windows, P steps of history, Q steps of horizon, S = P or Q, N sensors, K heads of width d, D = K d.
+
+The spatio-temporal embedding of sensor n at step t is a sum `space[n] + time[t]`, and so is every linear map
+of
+it: nothing of size `[B, S, N, D]` is ever formed for the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domains.traffic.models.common import check_window
+from domains.traffic.weights import GMANOfficial, GMANPortOfficial
+from zoo.attention import Causal, Groups, attend
+from zoo.errors import ConfigError
+from zoo.layers.norm import BatchNorm, Moments, NormLinear, local_covariance, pooled
+from zoo.registry import register_model
+
+if TYPE_CHECKING:
+    from domains.traffic.graph import SensorGraph
+
+
+class Embedding(NamedTuple):
+    """The spatio-temporal embedding, `space[n] + time[b, t]`."""
+
+    space: Tensor
+    """`[N, D]`"""
+    time: Tensor
+    """`[B, S, D]`"""
+
+    def steps(self, start: int, stop: int | None) -> Embedding:
+        return Embedding(self.space, self.time[:, start:stop])
+
+    def full(self) -> Tensor:
+        """`[B, S, N, D]`, for inspection."""
+        return self.space + self.time[:, :, None]
+
+    def moments(self, h: Tensor | None = None) -> Moments:
+        """Mean and covariance over all (b, t, n) of the embedding, or of `[h, embedding]` for h `[B, S, N,
+        D]`.
+
+        Space and time vary independently over the rows, so their covariances add.
+        """
+        space, time = local_covariance(self.space), local_covariance(self.time)
+        mean, cov = space.mean + time.mean, space.second + time.second
+        count = self.space.shape[0] * self.time.shape[0] * self.time.shape[1]
+        if h is not None:
+            own = local_covariance(h)
+            cross = self._cross_covariance(h.float(), space.mean, time.mean)
+            mean = torch.cat([own.mean, mean])
+            cov = torch.cat([torch.cat([own.second, cross], 1), torch.cat([cross.T, cov], 1)])
+        return pooled(Moments(mean, cov, count))
+
+    def _cross_covariance(self, h: Tensor, space_mean: Tensor, time_mean: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            by_sensor = h.mean((0, 1)).T @ (self.space.float() - space_mean) / self.space.shape[0]
+            by_step = h.mean(2).flatten(0, 1).T @ (self.time.float() - time_mean).flatten(0, 1)
+            return by_sensor + by_step / (self.time.shape[0] * self.time.shape[1])
+
+
+class EmbeddingLinear(NormLinear):
+    """A `NormLinear` of `[h, embedding]`, or of the embedding alone, that never forms its input."""
+
+    def forward(
+        self, h: Tensor | None, embedding: Embedding, moments: Moments | None, *, by_sensor: bool
+    ) -> Tensor:
+        """h `[B, S, N, D]` or None -> `[B, S, N, out]`; `by_sensor`: `[B, N, S, D] -> [B, N, S, out]`.
+
+        `moments` are those of the input (`Embedding.moments`), needed while training.
+        """
+        weight, bias = self.folded(moments if self.normalises_by_batch else None)
+        weight_e = weight[:, -embedding.space.shape[1] :]
+        space = F.linear(embedding.space, weight_e)
+        time = F.linear(embedding.time, weight_e, bias)
+        space, time = (space[:, None], time[:, None]) if by_sensor else (space, time[:, :, None])
+        if h is None:
+            return (space + time).relu_()
+        return F.linear(h, weight[:, : h.shape[-1]]).add_(space).add_(time).relu_()
+
+
+class Program(NamedTuple):
+    """How one of the two published programs builds its layers."""
+
+    norm: Callable[[int], BatchNorm] | None
+    port: bool
+
+    def dense(self, in_features: int, out_features: int, *, relu: bool, bias: bool = True) -> NormLinear:
+        """The original normalises only before a ReLU, the port always."""
+        norm = self.norm if relu or self.port else None
+        return NormLinear(in_features, out_features, relu=relu, bias=bias, norm=norm)
+
+    def attention_output(self, dim: int) -> nn.Module:
+        """What follows the heads: two layers in the original, the first of them in the port."""
+        first = self.dense(dim, dim, relu=True)
+        return first if self.port else nn.Sequential(first, self.dense(dim, dim, relu=False))
+
+
+class TimeLinear(NormLinear):
+    """A `NormLinear` of the concatenated one-hot codes of weekday (7) and slot of day, as a table look-up."""
+
+    def forward(self, time: Tensor) -> Tensor:
+        """int64 `[..., 2]` (weekday 0 = Monday, slot) `-> [..., out]`"""
+        weekday, slot = time.unbind(-1)
+        table = self.weight.T
+        y = F.embedding(weekday, table) + F.embedding(slot + 7, table) + self.bias
+        return (y if self.norm is None else self.norm(y)).relu()
+
+
+class SpatioTemporalEmbedding(nn.Module):
+    """Embeds the sensors, from a constant table, and the times of the week."""
+
+    spatial_embedding: Tensor
+
+    def __init__(self, num_nodes: int, dim: int, steps_per_day: int, program: Program) -> None:
+        super().__init__()
+        self.register_buffer("spatial_embedding", torch.randn(num_nodes, dim))
+        self.space = nn.Sequential(program.dense(dim, dim, relu=True), program.dense(dim, dim, relu=False))
+        slots = TimeLinear(7 + steps_per_day, dim, norm=program.norm)
+        self.time = nn.Sequential(slots, program.dense(dim, dim, relu=False))
+
+    def forward(self, time: Tensor) -> Embedding:
+        """time int64 `[B, S, 2]`"""
+        return Embedding(self.space(self.spatial_embedding), self.time(time))
+
+
+class SpatialAttention(nn.Module):
+    """Attention over the N sensors of one step."""
+
+    def __init__(self, num_heads: int, head_dim: int, program: Program) -> None:
+        super().__init__()
+        dim = num_heads * head_dim
+        self.num_heads = num_heads
+        self.qkv = EmbeddingLinear(2 * dim, 3 * dim, norm=program.norm)
+        self.out = program.attention_output(dim)
+
+    def forward(self, h: Tensor, embedding: Embedding, moments: Moments | None) -> Tensor:
+        """`[B, S, N, D] -> [B, S, N, D]`"""
+        qkv = self.qkv(h, embedding, moments, by_sensor=False)
+        return self.out(self_attention(qkv, self.num_heads))
+
+
+class GroupSpatialAttention(SpatialAttention):
+    """Attention over the sensors of one group, then over the groups (paper, section "Group Spatial
+    Attention").
+
+    The groups are a random partition into near-equal parts, drawn once by `seed`. A group is represented by
+    the maximum of its members' results, and what it gathers from the other groups is added to each of them.
+    (The paper leaves open whether the two attentions share weights; here they do not.)
+    """
+
+    groups: Tensor
+    members: Tensor
+
+    def __init__(
+        self, num_heads: int, head_dim: int, program: Program, num_nodes: int, num_groups: int, seed: int
+    ) -> None:
+        super().__init__(num_heads, head_dim, program)
+        self.group_qkv = program.dense(num_heads * head_dim, 3 * num_heads * head_dim, relu=True)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        groups = torch.randperm(num_nodes, generator=generator, device="cpu") % num_groups
+        self.pattern = Groups(groups)
+        self.register_buffer("groups", groups, persistent=False)
+        self.register_buffer("members", _members(groups), persistent=False)
+
+    def forward(self, h: Tensor, embedding: Embedding, moments: Moments | None) -> Tensor:
+        """`[B, S, N, D] -> [B, S, N, D]`"""
+        qkv = self.qkv(h, embedding, moments, by_sensor=False)
+        local = self_attention(qkv, self.num_heads, self.pattern)
+        pooled = local[:, :, self.members].amax(3)
+        between = self_attention(self.group_qkv(pooled), self.num_heads)
+        return self.out(local + between[:, :, self.groups])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupSpatialAttention:
+        """Moves to another device; the pattern's plan follows the buffers."""
+        super()._apply(fn, recurse)
+        if self.groups.device != self.pattern.ids.device:
+            self.pattern = Groups(self.groups)
+        return self
+
+
+def _members(groups: Tensor) -> Tensor:
+    """`[G, M]` sensors of each group, the short rows filled up with one of their own."""
+    rows = [(groups == g).nonzero()[:, 0] for g in range(int(groups.max()) + 1)]
+    width = max(len(row) for row in rows)
+    return torch.stack([torch.cat([row, row[:1].expand(width - len(row))]) for row in rows])
+
+
+class TemporalAttention(nn.Module):
+    """Attention over the S steps of one sensor."""
+
+    def __init__(self, num_heads: int, head_dim: int, program: Program, causal: bool) -> None:
+        super().__init__()
+        dim = num_heads * head_dim
+        self.num_heads = num_heads
+        self.causal = causal
+        self.qkv = EmbeddingLinear(2 * dim, 3 * dim, norm=program.norm)
+        self.out = program.attention_output(dim)
+
+    def forward(self, h: Tensor, embedding: Embedding, moments: Moments | None) -> Tensor:
+        """`[B, S, N, D] -> [B, S, N, D]`"""
+        h = h.transpose(1, 2).contiguous()
+        qkv = self.qkv(h, embedding, moments, by_sensor=True)
+        out = self.out(self_attention(qkv, self.num_heads, Causal() if self.causal else None))
+        return out.transpose(1, 2)
+
+
+class GatedFusion(nn.Module):
+    """`H_S` and `H_T` weighed against each other, element by element."""
+
+    def __init__(self, dim: int, program: Program) -> None:
+        super().__init__()
+        self.gate_spatial = program.dense(dim, dim, relu=False, bias=False)
+        self.gate_temporal = program.dense(dim, dim, relu=False)
+        self.out = nn.Sequential(program.dense(dim, dim, relu=True), program.dense(dim, dim, relu=False))
+
+    def forward(self, spatial: Tensor, temporal: Tensor) -> Tensor:
+        """Both `[B, S, N, D]`."""
+        gate = (self.gate_spatial(spatial) + self.gate_temporal(temporal)).sigmoid_()
+        return self.out(torch.lerp(temporal, spatial, gate))
+
+
+class Block(nn.Module):
+    """Spatial and temporal attention side by side, fused, plus the residual."""
+
+    def __init__(self, spatial: SpatialAttention, temporal: TemporalAttention, fusion: GatedFusion) -> None:
+        super().__init__()
+        self.spatial = spatial
+        self.temporal = temporal
+        self.fusion = fusion
+
+    def forward(self, h: Tensor, embedding: Embedding) -> Tensor:
+        """`[B, S, N, D] -> [B, S, N, D]`"""
+        moments = embedding.moments(h) if self.spatial.qkv.normalises_by_batch else None
+        return h + self.fusion(self.spatial(h, embedding, moments), self.temporal(h, embedding, moments))
+
+
+class TransformAttention(nn.Module):
+    """From P steps of history to Q steps ahead: each future step attends to the past steps of its sensor.
+
+    The weights depend on the embedding alone, the values on the data alone.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, program: Program) -> None:
+        super().__init__()
+        dim = num_heads * head_dim
+        self.num_heads = num_heads
+        self.query = EmbeddingLinear(dim, dim, norm=program.norm)
+        self.key = EmbeddingLinear(dim, dim, norm=program.norm)
+        self.value = program.dense(dim, dim, relu=True)
+        self.out = program.attention_output(dim)
+
+    def forward(self, h: Tensor, past: Embedding, future: Embedding) -> Tensor:
+        """`[B, P, N, D] -> [B, Q, N, D]`"""
+        by_batch = self.query.normalises_by_batch
+        query = self.query(None, future, future.moments() if by_batch else None, by_sensor=True)
+        key = self.key(None, past, past.moments() if by_batch else None, by_sensor=True)
+        value = self.value(h.transpose(1, 2).contiguous())
+        query, key, value = (split_heads(t, self.num_heads) for t in (query, key, value))
+        out = attend(query, key, value).transpose(1, 2).reshape(*h.shape[:1], h.shape[2], -1, h.shape[3])
+        return self.out(out).transpose(1, 2)
+
+
+def self_attention(qkv: Tensor, num_heads: int, pattern: Causal | Groups | None = None) -> Tensor:
+    """`[A, B, L, 3 D] -> [A, B, L, D]`: each row of (A, B) attends over its L entries."""
+    query, key, value = (split_heads(part, num_heads) for part in qkv.chunk(3, -1))
+    out = attend(query, key, value, pattern=pattern)
+    return out.transpose(1, 2).reshape(*qkv.shape[:3], -1)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """`[A, B, L, D] -> [A B, K, L, d]`, heads being contiguous slices of channels; a view."""
+    return x.flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class GMAN(nn.Module):
+    """Graph multi-attention network: an encoder and a decoder of spatio-temporal attention blocks.
+
+    The only graph information is the spatial embedding, a constant buffer: `bind` fills it, and it is saved
+    with the weights. Until then it is random.
+
+    Args:
+        num_nodes: number of sensors N.
+        history, horizon: steps P of input and Q of forecast.
+        steps_per_day: time slots of a day.
+        in_channels: channels of a reading.
+        num_layers: blocks in the encoder, and in the decoder.
+        num_heads, head_dim: K and d; the width is D = K d.
+        causal: a step sees only itself and earlier steps in temporal attention.
+        dropout: before each of the two output layers.
+        norm: batch norm in the layers with an activation.
+        norm_eps: added to its variances.
+        norm_momentum: weight of the newest batch in its running statistics. (They start at mean 0, variance
+            1, not at the 0, 0 of the original program, with which a first evaluation overflows.)
+        spatial_groups: attend over the sensors within this many random groups and between the groups instead
+            of all to all, for large N; 0 for all to all, as both programs do.
+        group_seed: draws the groups.
+        variant: `"original"`, or `"port"` for the PyTorch port that the authors name: another function, see
+            `gman_port`.
+
+    Raises:
+        ConfigError: the port with `num_heads != head_dim`, for which it is not defined; more groups than
+            sensors.
+    """
+
+    def __init__(
+        self,
+        num_nodes: int,
+        *,
+        history: int = 12,
+        horizon: int = 12,
+        steps_per_day: int = 288,
+        in_channels: int = 1,
+        num_layers: int = 1,
+        num_heads: int = 8,
+        head_dim: int = 8,
+        causal: bool = False,
+        dropout: float = 0.0,
+        norm: bool = True,
+        norm_eps: float = 1e-3,
+        norm_momentum: float = 0.5,
+        spatial_groups: int = 0,
+        group_seed: int = 0,
+        variant: Literal["original", "port"] = "original",
+    ) -> None:
+        super().__init__()
+        if variant == "port" and num_heads != head_dim:
+            raise ConfigError(
+                "The port of GMAN is defined for num_heads = head_dim only (it splits channels into slices "
+                f"of num_heads); got {num_heads} and {head_dim}. Use variant=original."
+            )
+        if not 0 <= spatial_groups <= num_nodes:
+            raise ConfigError(
+                f"spatial_groups must lie in 0 .. {num_nodes}, the number of sensors, not {spatial_groups}."
+            )
+        self.num_nodes = num_nodes
+        self.spatial_groups = spatial_groups
+        self.history = history
+        self.horizon = horizon
+        self.variant = variant
+        dim = num_heads * head_dim
+        port = variant == "port"
+        make_norm = partial(BatchNorm, eps=norm_eps, momentum=norm_momentum, unbiased=port)
+        program = Program(make_norm if norm else None, port)
+
+        def spatial() -> SpatialAttention:
+            if spatial_groups:
+                return GroupSpatialAttention(
+                    num_heads, head_dim, program, num_nodes, spatial_groups, group_seed
+                )
+            return SpatialAttention(num_heads, head_dim, program)
+
+        def block() -> Block:
+            temporal = TemporalAttention(num_heads, head_dim, program, causal)
+            return Block(spatial(), temporal, GatedFusion(dim, program))
+
+        self.embedding = SpatioTemporalEmbedding(num_nodes, dim, steps_per_day, program)
+        self.input = nn.Sequential(
+            program.dense(in_channels, dim, relu=True), program.dense(dim, dim, relu=False)
+        )
+        self.encoder = nn.ModuleList(block() for _ in range(num_layers))
+        self.transform = TransformAttention(num_heads, head_dim, program)
+        self.decoder = nn.ModuleList(block() for _ in range(num_layers))
+        self.output = nn.Sequential(
+            nn.Dropout(dropout),
+            program.dense(dim, dim, relu=True),
+            nn.Dropout(dropout),
+            program.dense(dim, 1, relu=False),
+        )
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Scaled readings x `[B, P, N(, C)]`, time int64 `[B, P+Q, 2]` (weekday, slot) -> `[B, Q, N]`."""
+        x = x[..., None] if x.ndim == 3 else x
+        check_window(self, x, time)
+        embedding = self.embedding(time)
+        past, future = embedding.steps(0, self.history), embedding.steps(self.history, None)
+        h = self.input(x)
+        for block in self.encoder:
+            h = block(h, past)
+        h = self.transform(h, past, future)
+        for block in self.decoder:
+            h = block(h, future)
+        return self.output(h).squeeze(-1)
+
+    def bind(self, graph: SensorGraph) -> None:
+        """Take the spatial embedding of a sensor graph."""
+        table = self.embedding.spatial_embedding
+        table.copy_(graph.spatial_embedding(table.shape[1]).to(table))
+
+    def set_norm_decay(self, step: int, period: int) -> None:
+        """Set the decay of the running statistics as the original program does before each training step.
+
+        `min(0.99, 1 - 0.5 * 0.5 ** floor(step / period))`; the published `period` is the number of batches in
+        5 epochs. The port keeps its constant momentum.
+        """
+        if self.variant == "port":
+            return
+        decay = min(0.99, 1 - 0.5 * 0.5 ** (step // period))
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.momentum.fill_(1 - decay)
+
+
+PAPER = "Zheng et al., GMAN: A Graph Multi-Attention Network for Traffic Prediction, AAAI 2020"
+"""Of all variants."""
+
+_register = partial(
+    register_model,
+    model=GMAN,
+    paper=PAPER,
+    licence="Apache-2.0",
+    source="https://github.com/zhengchuanpan/GMAN",
+    status="official parity",
+    official=GMANOfficial,
+    preprocessing={"scaling": "z-score by the mean and std of the training windows", "missing": "zero"},
+)
+
+
+@_register(summary="GMAN as its PEMS-BAY program: one block each way, no temporal mask")
+def gman(num_nodes: int, **kwargs) -> GMAN:
+    return GMAN(num_nodes, **kwargs)
+
+
+@_register(summary="GMAN as its METR-LA program: five blocks each way, causal, dropout at the output")
+def gman_metr_la(
+    num_nodes: int, *, num_layers: int = 5, causal: bool = True, dropout: float = 0.1, **kwargs
+) -> GMAN:
+    return GMAN(num_nodes, num_layers=num_layers, causal=causal, dropout=dropout, **kwargs)
+
+
+@_register(summary="GMAN as the paper describes it: three blocks each way, causal")
+def gman_paper(num_nodes: int, *, num_layers: int = 3, causal: bool = True, **kwargs) -> GMAN:
+    return GMAN(num_nodes, num_layers=num_layers, causal=causal, **kwargs)
+
+
+@_register(
+    summary="The PyTorch port of GMAN: batch norm in every layer, one layer after each attention, no mask",
+    licence="none stated",
+    source="https://github.com/VincLee8188/GMAN-PyTorch",
+    official=GMANPortOfficial,
+)
+def gman_port(
+    num_nodes: int,
+    *,
+    variant: Literal["original", "port"] = "port",
+    norm_eps: float = 1e-5,
+    norm_momentum: float = 0.1,
+    **kwargs,
+) -> GMAN:
+    return GMAN(num_nodes, variant=variant, norm_eps=norm_eps, norm_momentum=norm_momentum, **kwargs)

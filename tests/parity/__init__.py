@@ -1,0 +1,1 @@
+"""Models held to the numbers of their reference implementations."""

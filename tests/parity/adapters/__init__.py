@@ -1,0 +1,1 @@
+"""One module per domain: `run(fixture)` computes what the fixtures of that domain hold."""

@@ -1,0 +1,143 @@
+"""Reference fixtures: a NAME.json that describes a model, and a NAME.safetensors with its inputs and outputs.
+
+The weights are not stored but drawn from the official tensor names and shapes, so that any implementation
+that loads official checkpoints can be held to the numbers of the official program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import zoo
+
+HERE = Path(__file__).resolve().parent
+BUNDLED = HERE / "fixtures"
+EXTERNAL = Path(os.environ.get("ZOO_FIXTURES", HERE.parents[2] / "shared" / "fixtures"))
+
+
+class NoAdapter(Exception):
+    """Nothing in this zoo computes the fixture yet."""
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """One fixture; the id names its domain (the folder) and its file."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return f"{self.domain}/{self.path.stem}"
+
+    @property
+    def domain(self) -> str:
+        return self.path.parent.name
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.path.with_suffix(".safetensors"))
+
+    @property
+    def model(self) -> str:
+        return str(self.spec["model"])
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The official checkpoint."""
+        gain = float(self.spec.get("gain", 1.0))
+        state = {}
+        for name, entry in self.spec["state_dict"].items():
+            fill = entry.get("fill", "named")
+            if fill == "named":
+                state[name] = drawn(name, tuple(entry["shape"]), gain)
+            elif fill == "stored":
+                state[name] = self.tensors[f"buffer/{name}"].numpy()
+        return state
+
+    def inputs(self, *names: str) -> list[Tensor]:
+        return [self.tensors[f"input/{name}"] for name in names]
+
+    def expected(self) -> dict[str, Tensor]:
+        """Everything that the reference computed."""
+        return {k: v for k, v in self.tensors.items() if not k.startswith(("input/", "buffer/"))}
+
+    def check(self, name: str, actual: Tensor) -> str | None:
+        """What is wrong with our value of an expected tensor; None if nothing is."""
+        expected = self.tensors[name].double()
+        actual = actual.detach().double()
+        rule = self.spec.get("subsampled", {}).get(name)
+        if rule is not None:
+            actual = subsampled(actual, rule, tuple(expected.shape))
+        if actual.shape != expected.shape:
+            return f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+        tolerance = self.spec["tolerance"]
+        error = (actual - expected).abs()
+        excess = error - tolerance["atol"] - tolerance["rtol"] * expected.abs()
+        if not bool((excess <= 0).all()):
+            return (
+                f"{name}: off by {float(error.max()):.3g}, largest expected {float(expected.abs().max()):.3g}"
+            )
+        return None
+
+
+def drawn(name: str, shape: tuple[int, ...], gain: float) -> np.ndarray:
+    """The float32 weights that a tensor's name stands for.
+
+    A PCG64 generator seeded with the first 8 bytes of the name's SHA-256 gives normal numbers; matrices are
+    scaled by gain / sqrt(product of all axes but the first), vectors lie near 1 or 0 according to their role.
+    """
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    generator = np.random.Generator(np.random.PCG64(seed))
+    noise = np.asarray(generator.standard_normal(shape, dtype=np.float32), dtype=np.float32)
+    small = np.float32(0.1) * noise
+    if len(shape) > 1:
+        return noise * np.float32(gain / math.sqrt(max(1, math.prod(shape[1:]))))
+    if name.endswith("running_var"):
+        return np.float32(1) + np.abs(small)
+    return np.float32(1) + small if not shape or name.endswith("weight") else small
+
+
+def subsampled(full: Tensor, rule: str, shape: tuple[int, ...]) -> Tensor:
+    """Apply a rule such as `nodes [::40] on axis 2`; without an axis, to the one that gives `shape`."""
+    found = re.search(r"\[(-?\d*):(-?\d*):?(-?\d*)\](?:.*axis (\d+))?", rule)
+    if found is None:
+        raise ValueError(f"no slice in the rule {rule!r}")
+    start, stop, step, axis = (int(part) if part else None for part in found.groups())
+    axes = range(full.ndim) if axis is None else [axis]
+    parts = [full[(slice(None),) * a + (slice(start, stop, step),)] for a in axes]
+    fitting = [part for part in parts if tuple(part.shape) == shape]
+    return fitting[0] if fitting else parts[0]
+
+
+def fixtures() -> list[Fixture]:
+    """All that are found; a bundled one gives way to one of the same name in the external folder."""
+    found = {fixture.id: fixture for folder in (BUNDLED, EXTERNAL) for fixture in _in(folder)}
+    return [found[name] for name in sorted(found)]
+
+
+def _in(folder: Path) -> Iterator[Fixture]:
+    if folder.is_dir():
+        yield from (Fixture(path) for path in folder.glob("*/*.json"))
+
+
+def official_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """`grad/NAME` for every official tensor that has a gradient."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {f"grad/{name}": g for name, g in zoo.to_official(model, gradients).items()}

@@ -1,0 +1,71 @@
+"""Composing configs: groups, overrides, and what a typo says."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from zoo.config import compose
+from zoo.errors import ConfigError
+from zoo.paths import config_dir
+from zoo.registry import create_model, model_signature
+
+MODELS = sorted(f.stem for f in (config_dir() / "model").glob("*.yaml"))
+DATA = sorted(f.stem for f in (config_dir() / "data").glob("*.yaml"))
+
+
+def test_the_domain_brings_its_default_model_and_data() -> None:
+    config = compose("train", ["domain=traffic"])
+    assert (config.model.name, config.data.name) == ("gman", "simulated")
+
+
+def test_the_command_line_wins_over_the_domain() -> None:
+    config = compose("train", ["domain=traffic", "model=stid", "trainer.max_epochs=3"])
+    assert (config.model.name, config.trainer.max_epochs) == ("stid", 3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_config_builds_its_model(name: str) -> None:
+    config = compose("train", ["domain=traffic", f"model={name}"])
+    arguments = {k: v for k, v in OmegaConf.to_container(config.model).items() if k != "name"}
+    assert set(arguments) <= set(model_signature(config.model.name))
+    sizes = {"num_nodes": 10} if "num_nodes" in model_signature(config.model.name) else {}
+    assert sum(p.numel() for p in create_model(config.model.name, **arguments, **sizes).parameters()) > 0
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_every_data_config_is_accepted_by_its_data_module(name: str) -> None:
+    from zoo.registry import get_domain
+
+    config = compose("train", ["domain=traffic", f"data={name}"])
+    get_domain("traffic").load("data")(**config.data)
+
+
+def test_a_trainer_argument_that_the_configs_do_not_list_is_accepted() -> None:
+    assert compose("train", ["domain=traffic", "trainer.overfit_batches=2"]).trainer.overfit_batches == 2
+
+
+def test_a_constructor_argument_that_the_configs_do_not_list_is_accepted() -> None:
+    assert compose("train", ["domain=traffic", "data.num_workers=1"]).data.num_workers == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("domain=trafic", "traffic"),
+        ("model=gmna", "gman"),
+        ("data=metr_al", "metr_la"),
+        ("trainer.max_epoch=3", "trainer.max_epochs"),
+        ("trainr.max_epochs=3", "trainer.max_epochs"),
+        ("optimizer.learning_rate=1", "optimizer"),
+        ("model.num_head=2", "model.num_heads"),
+        ("data.pth=x", "data.path"),
+        ("trainer.max_epochs=many", "number"),
+        ("plots=7", "true or false"),
+        ("max epochs", "key=value"),
+        ("seed=1,2", "several values"),
+    ],
+)
+def test_a_mistake_names_what_would_be_right(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        compose("train", ["domain=traffic", override])

@@ -1,0 +1,7 @@
+"""The one error of the attention core."""
+
+from __future__ import annotations
+
+
+class AttentionError(ValueError):
+    """Tensors, pattern, kernel and backend that do not fit together; the message says which and why."""

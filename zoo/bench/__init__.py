@@ -1,0 +1,1 @@
+"""Timing side by side with a peer: interleaved medians, peak memory, scaling curves, one report."""

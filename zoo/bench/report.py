@@ -1,0 +1,154 @@
+"""What `zoo bench` shows and stores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from zoo.bench.timing import Ratio, Timing, ratio
+from zoo.files import atomic_write
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job done by the zoo and by its peer, whose results were compared first."""
+
+    name: str
+    ours: Timing
+    peer: Timing
+    ours_bytes: int
+    peer_bytes: int
+    difference: float
+    """Largest relative difference of the results."""
+
+    @property
+    def speed(self) -> Ratio:
+        return ratio(self.peer, self.ours)
+
+    @property
+    def memory(self) -> float:
+        """Our peak memory as a share of the peer's."""
+        return self.ours_bytes / self.peer_bytes
+
+    def record(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "speed": dataclasses.asdict(self.speed), "memory": self.memory}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Time and peak memory at one size."""
+
+    size: int
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Time and peak memory of one contestant over sizes."""
+
+    name: str
+    points: tuple[Point, ...]
+
+    def slopes(self) -> tuple[float, float] | None:
+        """Exponents of time and of memory, fitted over all sizes; None for a single one."""
+        if len(self.points) < 2:
+            return None
+        sizes = [p.size for p in self.points]
+        return slope(sizes, [p.seconds for p in self.points]), slope(sizes, [p.bytes for p in self.points])
+
+    def record(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "slopes": self.slopes()}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that one run of `zoo bench` found."""
+
+    title: str
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    rows: tuple[Row, ...]
+    curves: tuple[Curve, ...] = field(default=())
+    size_name: str = "size"
+
+    def write(self, path: Path) -> None:
+        """Store everything, every round included, as JSON."""
+        record = {
+            "title": self.title,
+            "settings": self.settings,
+            "machine": self.machine,
+            "rows": [row.record() for row in self.rows],
+            "curves": [curve.record() for curve in self.curves],
+        }
+        with atomic_write(path, "w") as file:
+            json.dump(record, file, indent=1)
+            file.write("\n")
+
+    def __rich__(self) -> RenderableType:
+        tables = [self._row_table()]
+        if self.curves:
+            tables.append(self._curve_table())
+        return Group(*tables)
+
+    def _row_table(self) -> Table:
+        where = self.machine.get("gpu", f"{self.machine['cpu']}, {self.machine['threads']} threads")
+        table = Table(title=f"{self.title}\n{where}, torch {self.machine['torch']}")
+        table.add_column("", no_wrap=True)
+        for heading in ("zoo ms", "peer ms", "faster", "zoo/peer MiB", "memory", "differ"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                _milliseconds(row.ours),
+                _milliseconds(row.peer),
+                f"{row.speed.value:.2f}x\n[dim]{row.speed.low:.1f}-{row.speed.high:.1f}[/]",
+                f"{row.ours_bytes / MIB:.0f}/{row.peer_bytes / MIB:.0f}",
+                f"{row.memory:.2f}x",
+                f"{row.difference:.0e}",
+            )
+        return table
+
+    def _curve_table(self) -> Table:
+        table = Table(title=f"Training step over {self.size_name}: seconds, peak MiB")
+        table.add_column(self.size_name, justify="right")
+        for curve in self.curves:
+            table.add_column(curve.name, justify="right")
+        for size in sorted({p.size for curve in self.curves for p in curve.points}):
+            table.add_row(str(size), *(_cell(curve, size) for curve in self.curves))
+        table.add_section()
+        table.add_row("growth", *(_growth(curve) for curve in self.curves))
+        return table
+
+
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Exponent p of the power law `values ~ sizes ** p`, fitted to the logarithms by least squares."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def _milliseconds(timing: Timing) -> str:
+    digits = 0 if timing.median >= 0.1 else 2
+    median, low, high = (f"{s * 1e3:.{digits}f}" for s in (timing.median, *timing.quartiles))
+    return f"{median}\n[dim]{low}-{high}[/]"
+
+
+def _cell(curve: Curve, size: int) -> str:
+    for point in curve.points:
+        if point.size == size:
+            return f"{point.seconds:.2f} s  {point.bytes / MIB:,.0f}"
+    return "-"
+
+
+def _growth(curve: Curve) -> str:
+    slopes = curve.slopes()
+    return "-" if slopes is None else f"N^{slopes[0]:.1f}  N^{slopes[1]:.1f}"

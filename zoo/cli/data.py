@@ -1,0 +1,101 @@
+"""`zoo data`: make the embedded data, look into files, convert them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from omegaconf import OmegaConf
+from rich.table import Table
+
+from zoo.cli.console import console
+from zoo.errors import ConfigError
+from zoo.registry import get_domain
+
+data_app = typer.Typer(no_args_is_help=True)
+app = data_app
+
+DomainName = Annotated[str, typer.Option(help="the domain whose formats these are")]
+Options = Annotated[
+    list[str] | None,
+    typer.Argument(help="how to read the file, as in the config group `data`: key=speed gaps=fill ..."),
+]
+
+
+@data_app.callback()
+def data() -> None:
+    """Data files: make the embedded ones, look into others, convert them.
+
+    Examples:
+
+      zoo data make traffic --output DIR --weeks 8 --seed 1
+
+      zoo data info metr-la.h5
+
+      zoo data convert metr-la.h5 metr-la.parquet
+    """
+
+
+@data_app.command()
+def make(
+    domain: Annotated[str, typer.Argument(help="the domain whose embedded data to make")],
+    output: Annotated[Path | None, typer.Option(help="folder for the files; the cache without one")] = None,
+    weeks: Annotated[int, typer.Option(help="length of the simulation")] = 4,
+    seed: Annotated[int, typer.Option(help="another seed is another set of roads and days")] = 0,
+) -> None:
+    """Simulate the embedded data of a domain and print where the files are.
+
+    Examples:
+
+      zoo data make traffic
+
+      zoo data make traffic --output my-data --weeks 8 --seed 1
+    """
+    for path in get_domain(domain).load("data").make(output, weeks=weeks, seed=seed):
+        console.print(str(path), soft_wrap=True, highlight=False)
+
+
+@data_app.command()
+def info(file: Path, options: Options = None, domain: DomainName = "traffic") -> None:
+    """Say what is in a data file or folder: size, period, statistics, what is missing.
+
+    Examples:
+
+      zoo data info metr-la.h5
+
+      zoo data info flow.npz start=2018-01-01 interval_minutes=5
+    """
+    facts, statistics = get_domain(domain).load("data").describe(file, **_parse(options))
+    summary = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        summary.add_row(name, value)
+    console.print(summary)
+    table = Table(*statistics[0])
+    for row in statistics:
+        table.add_row(*row.values())
+    console.print(table)
+
+
+@data_app.command()
+def convert(source: Path, target: Path, options: Options = None, domain: DomainName = "traffic") -> None:
+    """Read a data file of any format and write it as h5, npz, csv or parquet, by the suffix of TARGET.
+
+    Examples:
+
+      zoo data convert PEMS04.npz flow.parquet
+
+      zoo data convert readings.csv readings.h5 gaps=fill
+    """
+    get_domain(domain).load("data").convert(source, target, **_parse(options))
+    console.print(str(target), soft_wrap=True, highlight=False)
+
+
+def _parse(options: list[str] | None) -> dict[str, Any]:
+    """`["key=speed", "header=true"]` to keyword arguments."""
+    for option in options or []:
+        if "=" not in option:
+            raise ConfigError(f"Cannot read the option {option!r}. Write name=value, for example key=speed.")
+    parsed = OmegaConf.to_container(OmegaConf.from_dotlist(options or []))
+    assert isinstance(parsed, dict)
+    return {str(name): value for name, value in parsed.items()}

@@ -1,0 +1,37 @@
+"""`zoo evaluate`"""
+
+from __future__ import annotations
+
+import typer
+from omegaconf import OmegaConf
+
+from zoo.cli.console import console
+from zoo.cli.train import Overrides, ShowConfig
+from zoo.config import compose
+from zoo.errors import ConfigError
+
+app = typer.Typer()
+
+
+@app.command()
+def evaluate(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
+    """Test trained weights on the test part of their data, or of other data of the same sensors.
+
+    Examples:
+
+      zoo evaluate run=runs/traffic/gman/2026-01-31_12-00-00
+
+      zoo evaluate checkpoint=model.safetensors data=metr_la data.path=metr-la.h5
+    """
+    given = overrides or []
+    if chosen := [text for text in given if text.startswith(("model=", "model.", "domain="))]:
+        raise ConfigError(
+            f"zoo evaluate takes model and domain from the weights; leave out {' '.join(chosen)}."
+        )
+    config = compose("evaluate", given)
+    if cfg:
+        console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
+        return
+    from zoo.training import run
+
+    run.evaluate(config)

@@ -1,0 +1,40 @@
+"""`zoo finetune`"""
+
+from __future__ import annotations
+
+import typer
+from omegaconf import OmegaConf
+
+from zoo.cli.console import console
+from zoo.cli.train import Overrides, ShowConfig
+from zoo.config import compose
+from zoo.errors import ConfigError
+
+app = typer.Typer()
+
+
+@app.command()
+def finetune(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
+    """Train further from weights of the zoo, on the same or on other data.
+
+    Methods: full, head (the output layers alone), probe (fresh output layers on frozen features), lora
+    (low-rank updates of linear layers; needs the extra "llm").
+
+    Examples:
+
+      zoo finetune checkpoint=runs/traffic/gman/2026-01-31_12-00-00 data=metr_la data.path=metr-la.h5
+
+      zoo finetune checkpoint=model.safetensors data=simulated method=head optimizer.lr=1e-4
+
+      zoo finetune checkpoint=RUN data=simulated finetune.layer_decay=0.8 'finetune.freeze=["embedding.*"]'
+    """
+    given = overrides or []
+    if chosen := [text for text in given if text.startswith(("model=", "model."))]:
+        raise ConfigError(f"zoo finetune takes the model from the checkpoint; leave out {' '.join(chosen)}.")
+    config = compose("finetune", given)
+    if cfg:
+        console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
+        return
+    from zoo.training import run
+
+    run.finetune(config)

@@ -1,0 +1,518 @@
+"""Model names -> builders and cards, domain names -> parts. A domain is imported when first asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import Container, OmegaConf
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.errors import CheckpointError, ConfigError, UnknownName, did_you_mean
+from zoo.weights.cards import WeightCard, weight_card
+from zoo.weights.checkpoint import (
+    LoadReport,
+    check_fit,
+    load_state,
+    matches,
+    read_checkpoint,
+    read_state_dict,
+)
+from zoo.weights.official import OfficialLayout
+
+STATUSES = ("official parity", "re-implementation")
+"""Held to numbers of the official program, or written from the paper's description alone."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a user should know of a model before using it."""
+
+    name: str
+    domain: str
+    summary: str
+    paper: str
+    licence: str
+    """Licence of the official code that defines the model (not of this zoo)."""
+    source: str
+    """The official repository, or `"none"`."""
+    status: str
+    """One of `STATUSES`."""
+    weights: tuple[str, ...] = ()
+    """Names of checkpoint cards (`checkpoints/NAME.yaml`)."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    notes: str = ""
+    parameters: int | None = None
+    """With default arguments, and `sizes` for those without default; None where that leaves one open."""
+    sizes: dict[str, Any] = field(default_factory=dict)
+    """The arguments the parameters were counted with, e.g. `{"num_nodes": 207}`."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a domain offers, each part as `"package.module:attribute"`, imported on `load`."""
+
+    name: str
+    summary: str
+    task: str
+    data: str
+    predict: str = ""
+    bench: str = ""
+    example_inputs: str = ""
+    """Function from a model's arguments (as keywords) to the inputs of one sample."""
+    example_sizes: dict[str, Any] = field(default_factory=dict)
+    """Arguments without default, for a typical data set: what cards are counted with."""
+
+    def load(self, part: str) -> Any:
+        """The object behind `task`, `data`, `predict` or `bench`.
+
+        Raises:
+            ConfigError: the domain has no such part.
+        """
+        target = getattr(self, part)
+        if not target:
+            raise ConfigError(f"Domain {self.name!r} has no {part}.")
+        return load_object(target)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    card: ModelCard
+    builder: Callable[..., nn.Module]
+    model: Callable[..., nn.Module]
+    official: type[OfficialLayout] | None
+
+
+_MODELS: dict[str, _Entry] = {}
+_DOMAINS: dict[str, Domain] = {}
+
+
+def load_object(target: str) -> Any:
+    """Import `"package.module:attribute"`."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+# ---- registering -------------------------------------------------------------------------------------------
+
+
+def register_domain(domain: Domain) -> None:
+    """Make a domain known; called once, in `domains/NAME/__init__.py`."""
+    _DOMAINS[domain.name] = domain
+
+
+def register_model(
+    *,
+    model: Callable[..., nn.Module],
+    summary: str,
+    paper: str,
+    licence: str,
+    source: str,
+    status: str,
+    weights: tuple[str, ...] = (),
+    official: type[OfficialLayout] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    notes: str = "",
+) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Register a builder function under its own name; the domain is the package `domains.DOMAIN` it lies in.
+
+    `model` is the class the builder constructs: its signature says which overrides `create_model` accepts. A
+    variant names its own numbers as keyword parameters, and passes the rest on::
+
+        @register_model(model=GMAN, summary=..., paper=..., licence=..., source=..., status="official parity")
+        def gman_metr_la(*, num_layers: int = 5, **kwargs) -> nn.Module:
+            return GMAN(num_layers=num_layers, **kwargs)
+
+    Raises:
+        ValueError: another domain has a model of this name, or `status` is not one of `STATUSES`.
+    """
+    if status not in STATUSES:
+        raise ValueError(f"status is {status!r}, not one of {STATUSES}")
+
+    def register(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        name = builder.__name__
+        domain = _domain_of(builder.__module__)
+        known = _MODELS.get(name)
+        if known is not None and known.card.domain != domain:
+            raise ValueError(f"{name!r} is already a model of domain {known.card.domain!r}")
+        card = ModelCard(
+            name=name,
+            domain=domain,
+            summary=summary,
+            paper=paper,
+            licence=licence,
+            source=source,
+            status=status,
+            weights=weights,
+            preprocessing=dict(preprocessing or {}),
+            notes=notes,
+        )
+        _MODELS[name] = _Entry(card, builder, model, official)
+        return builder
+
+    return register
+
+
+def _domain_of(module: str) -> str:
+    """`domains.traffic.models.gman` -> `traffic`; a user's own package is a domain of its own."""
+    first, *rest = module.split(".")
+    return rest[0] if first == "domains" and rest else first
+
+
+# ---- finding -----------------------------------------------------------------------------------------------
+
+
+def list_domains() -> list[str]:
+    """Names of the domains that are installed, sorted; imports none of them."""
+    packages = importlib.import_module("domains").__path__
+    found = {module.name for module in pkgutil.iter_modules(packages) if module.ispkg}
+    return sorted(found | set(_DOMAINS))
+
+
+def get_domain(name: str) -> Domain:
+    """The domain called `name`.
+
+    Raises:
+        UnknownName: there is none; the message names the nearest.
+    """
+    _import_domain(name)
+    if name not in _DOMAINS:
+        raise UnknownName(f"Package domains.{name} registers no domain.")
+    return _DOMAINS[name]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Sorted names of the models that match a glob; `"traffic/*"` imports and lists one domain only."""
+    domain, _, bare = pattern.rpartition("/")
+    for name in fnmatch.filter(list_domains(), domain or "*"):
+        _import_domain(name)
+    cards = [entry.card for entry in _MODELS.values()]
+    return sorted(
+        card.name
+        for card in cards
+        if fnmatch.fnmatchcase(card.domain, domain or "*") and fnmatch.fnmatchcase(card.name, bare)
+    )
+
+
+def model_card(name: str) -> ModelCard:
+    """The card of a model, its parameters counted without allocating them.
+
+    Raises:
+        UnknownName: no such model.
+    """
+    entry = _find(name)
+    sizes = _example_sizes(entry)
+    if _needed(entry, sizes):
+        return entry.card
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in entry.builder(**sizes).parameters())
+    return dataclasses.replace(entry.card, parameters=parameters, sizes=sizes)
+
+
+def count_flops(name: str) -> int | None:
+    """Floating-point operations of one sample forward, a multiply-add counted as two, with the card's sizes.
+
+    None where the domain gives no example inputs, or no size for an argument without default.
+    """
+    from zoo.attention import backend
+
+    entry = _find(name)
+    domain, sizes = _DOMAINS.get(entry.card.domain), _example_sizes(entry)
+    if domain is None or not domain.example_inputs or _needed(entry, sizes):
+        return None
+    arguments = {key: parameter.default for key, parameter in _signature(entry).items()} | sizes
+    with FlopCounterMode(display=False) as counter, backend("reference"), torch.no_grad():
+        entry.builder(**sizes).eval()(*domain.load("example_inputs")(**arguments))
+    return counter.get_total_flops()
+
+
+def model_signature(name: str) -> dict[str, inspect.Parameter]:
+    """The constructor arguments of a model by name, with the defaults of this variant."""
+    return _signature(_find(name))
+
+
+def argument_docs(name: str) -> dict[str, str]:
+    """What each constructor argument of a model means, from the `Args:` section of its class's docstring."""
+    docstring = inspect.getdoc(_find(name).model) or ""
+    section = re.search(r"(?ms)^Args:\n(.*?)(?=^\S|\Z)", docstring)
+    docs = {}
+    for keys, text in re.findall(r"(?m)^    (\w[\w, ]*): (.*(?:\n {5,}.*)*)", section[1] if section else ""):
+        docs |= dict.fromkeys(re.split(r",\s*", keys), " ".join(text.split()))
+    return docs
+
+
+def _import_domain(name: str) -> None:
+    if any(entry.card.domain == name for entry in _MODELS.values()):
+        return
+    names = list_domains()
+    if name not in names:
+        raise UnknownName(
+            f"There is no domain {name!r}.{did_you_mean(name, names)} Domains: {', '.join(names)}."
+        )
+    if name not in _DOMAINS:
+        importlib.import_module(f"domains.{name}")
+
+
+def _find(name: str) -> _Entry:
+    domain, _, bare = name.rpartition("/")
+    if domain:
+        _import_domain(domain)
+    elif bare not in _MODELS:
+        list_models()
+    entry = _MODELS.get(bare)
+    if entry is None or (domain and entry.card.domain != domain):
+        options = [n for n, e in _MODELS.items() if not domain or e.card.domain == domain]
+        hint = did_you_mean(bare.lower().replace("-", "_"), options)
+        where = f" in domain {domain!r}" if domain else ""
+        raise UnknownName(f"There is no model {bare!r}{where}.{hint} `zoo list` shows all models.")
+    return entry
+
+
+def _signature(entry: _Entry) -> dict[str, inspect.Parameter]:
+    """The class's parameters, the builder's own in place of those of the same name."""
+    named = {}
+    for function in (entry.model, entry.builder):
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                named[parameter.name] = parameter
+    named.pop("pretrained", None)
+    return named
+
+
+def _example_sizes(entry: _Entry) -> dict[str, Any]:
+    domain = _DOMAINS.get(entry.card.domain)
+    sizes = domain.example_sizes if domain else {}
+    return {key: sizes[key] for key in _needed(entry, {}) if key in sizes}
+
+
+def _needed(entry: _Entry, config: Mapping[str, Any]) -> list[str]:
+    """Arguments without default that `config` does not give."""
+    return [key for key, p in _signature(entry).items() if p.default is p.empty and key not in config]
+
+
+# ---- creating ----------------------------------------------------------------------------------------------
+
+
+def create_model(
+    name: str,
+    *,
+    pretrained: bool | str = False,
+    checkpoint_path: str | Path | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """Build a model by name.
+
+    Args:
+        name: `"gman"`, or with its domain `"traffic/gman"` (which imports only that domain).
+        pretrained: load the weights of the model's first checkpoint card, or of the card of this name.
+        checkpoint_path: load these weights; a checkpoint of ours also brings the arguments it was built with.
+        overrides: constructor arguments; they win over those of a checkpoint.
+
+    Returns:
+        The model, in training mode. `model.zoo_config` holds `name`, `domain` and `config`, the JSON-able
+        arguments that rebuild it.
+
+    Raises:
+        UnknownName: no such model or card.
+        ConfigError: an argument the model does not have, or one that is missing or cannot be stored.
+        CheckpointError: the weights do not belong to this model.
+    """
+    entry = _find(name)
+    config = _checked(entry, overrides)
+    if pretrained and checkpoint_path is not None:
+        raise ConfigError("Give pretrained or checkpoint_path, not both.")
+    if pretrained:
+        return _from_card(entry, _choose_card(entry, pretrained), config)
+    if checkpoint_path is not None:
+        return _from_checkpoint(entry, checkpoint_path, config)
+    return _build(entry, config)
+
+
+def _checked(entry: _Entry, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides as plain JSON-able values, every name an argument of the model."""
+    name, signature = entry.card.name, _signature(entry)
+    config = {}
+    for key, value in overrides.items():
+        if key not in signature:
+            hint = did_you_mean(key, signature)
+            raise ConfigError(
+                f"Model {name!r} has no argument {key!r}.{hint} It has: {', '.join(signature)}."
+            )
+        config[key] = OmegaConf.to_container(value, resolve=True) if isinstance(value, Container) else value
+        try:
+            config[key] = json.loads(json.dumps(config[key]))
+        except (TypeError, ValueError):
+            kind = type(value).__name__
+            raise ConfigError(
+                f"Argument {key!r} of model {name!r} is a {kind}; a checkpoint can store only numbers, "
+                "strings, lists and dicts."
+            ) from None
+    return config
+
+
+def _build(entry: _Entry, config: dict[str, Any]) -> nn.Module:
+    name, needed = entry.card.name, _needed(entry, config)
+    if needed:
+        raise ConfigError(f"Model {name!r} needs {', '.join(needed)}, for example {needed[0]}=...")
+    model = entry.builder(**config)
+    model.__dict__["zoo_config"] = {"name": name, "domain": entry.card.domain, "config": config}
+    return model
+
+
+def _from_checkpoint(entry: _Entry, path: str | Path, config: dict[str, Any]) -> nn.Module:
+    state, meta = read_checkpoint(path)
+    stored = meta.get("model", {"name": entry.card.name, "config": {}})
+    if stored["name"] != entry.card.name:
+        raise CheckpointError(f"{path} holds a {stored['name']!r}, not a {entry.card.name!r}.")
+    model = _build(entry, stored["config"] | config)
+    load_state(model, state, source=str(path))
+    return model
+
+
+def _choose_card(entry: _Entry, pretrained: bool | str) -> WeightCard:
+    names = entry.card.weights
+    if not names:
+        raise UnknownName(
+            f"No weights of {entry.card.name!r} are published. Train it, pass checkpoint_path=FILE (own) "
+            "or use zoo.from_official (official file)."
+        )
+    if pretrained is True:
+        return weight_card(names[0])
+    if pretrained not in names:
+        raise UnknownName(
+            f"Model {entry.card.name!r} has no weights {pretrained!r}.{did_you_mean(str(pretrained), names)} "
+            f"It has: {', '.join(names)}."
+        )
+    return weight_card(str(pretrained))
+
+
+def _from_card(entry: _Entry, card: WeightCard, config: dict[str, Any]) -> nn.Module:
+    """Official weights of the whole model, or, with a converter of its own, a start for part of it."""
+    from zoo.weights.download import fetch
+
+    path = fetch(card)
+    if not card.converter:
+        return _from_official(entry, read_state_dict(path), card.config, config, str(path))[0]
+    model = _build(entry, card.config | config)
+    tensors = load_object(card.converter)(read_state_dict(path), model)
+    kept = [name for name in model.state_dict() if name not in tensors]
+    load_state(model, tensors, skip=kept, source=str(path))
+    return model
+
+
+# ---- official checkpoints ----------------------------------------------------------------------------------
+
+
+def from_official(
+    name: str, checkpoint: str | Path | Mapping[str, Tensor | np.ndarray], **official_config: Any
+) -> nn.Module:
+    """Build a model from a checkpoint of its official program.
+
+    Args:
+        name: name of the model, bare or with its domain.
+        checkpoint: a file (`.pth`, `.safetensors`, `.npz`, TensorFlow prefix), or a dict from official tensor
+            names to tensors or arrays.
+        official_config: the official program's options that its checkpoint does not tell.
+
+    Returns:
+        The model with every weight loaded, in eval mode.
+
+    Raises:
+        ConfigError: an official option that the adapter does not know.
+        CheckpointError: tensors missing, left over or of another shape, each by its official name.
+    """
+    return load_official(name, checkpoint, **official_config)[0]
+
+
+def load_official(
+    name: str, checkpoint: str | Path | Mapping[str, Tensor | np.ndarray], **official_config: Any
+) -> tuple[nn.Module, LoadReport]:
+    """`from_official`, with the account of every tensor: what no official file holds is left at init."""
+    entry = _find(name)
+    if isinstance(checkpoint, Mapping):
+        state, source = _as_tensors(checkpoint), "The given state dict"
+    else:
+        state, source = read_state_dict(checkpoint), str(checkpoint)
+    model, report = _from_official(entry, state, official_config, {}, source)
+    return model.eval(), report
+
+
+def to_official(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of a model of this zoo under the names and in the layout of its official program.
+
+    Args:
+        tensors: map these instead, given by our names; the gradients, for example.
+    """
+    built = getattr(model, "zoo_config", None)
+    if built is None:
+        raise CheckpointError(
+            f"This {type(model).__name__} was not built by zoo.create_model, so its layout is unknown."
+        )
+    entry = _find(f"{built['domain']}/{built['name']}")
+    return _layout(entry).to_official(dict(model.state_dict() if tensors is None else tensors), model)
+
+
+def _from_official(
+    entry: _Entry,
+    state: dict[str, Tensor],
+    official_config: dict[str, Any],
+    overrides: dict[str, Any],
+    source: str,
+) -> tuple[nn.Module, LoadReport]:
+    layout, name = _layout(entry), entry.card.name
+    _check_options(layout, name, official_config)
+    state = {key: value for key, value in state.items() if not matches(key, layout.ignored)}
+    try:
+        config = layout.config(state, **official_config)
+    except KeyError as error:
+        reason = f"it has no tensor {error}"
+        raise CheckpointError(f"{source} is no official checkpoint of {name!r}: {reason}.") from None
+    model = _build(entry, _checked(entry, config) | overrides)
+    dispensable = (*layout.ignored, *layout.optional)
+    official = layout.to_official(model.state_dict(), model)
+    expected = {
+        key: value for key, value in official.items() if key in state or not matches(key, dispensable)
+    }
+    check_fit(state, expected, source=source, target=f"official {name}")
+    return model, load_state(model, layout.to_zoo(state, model), skip=layout.unofficial, source=source)
+
+
+def _layout(entry: _Entry) -> type[OfficialLayout]:
+    if entry.official is None:
+        raise CheckpointError(
+            f"Model {entry.card.name!r} has no official checkpoint layout ({entry.card.status})."
+        )
+    return entry.official
+
+
+def _check_options(layout: type[OfficialLayout], name: str, options: Mapping[str, Any]) -> None:
+    _, *parameters = inspect.signature(layout.config).parameters.values()
+    known = {p.name: p.default is p.empty for p in parameters if p.kind is not p.VAR_KEYWORD}
+    for option in options:
+        if option not in known and len(known) == len(parameters):
+            raise ConfigError(
+                f"The official program of {name!r} has no option {option!r}.{did_you_mean(option, known)} "
+                f"Known: {', '.join(known)}."
+            )
+    needed = [option for option, required in known.items() if required and option not in options]
+    if needed:
+        raise ConfigError(
+            f"An official checkpoint of {name!r} does not tell {', '.join(needed)}: give {needed[0]}=... "
+            f"Options: {', '.join(known)}."
+        )
+
+
+def _as_tensors(state: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
+    return {key: v if isinstance(v, Tensor) else torch.from_numpy(np.array(v)) for key, v in state.items()}

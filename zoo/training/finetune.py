@@ -1,0 +1,143 @@
+"""Starting from trained weights: what is taken over, and what is trained further."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+
+from zoo.cli.console import console
+from zoo.errors import ConfigError, did_you_mean, require
+from zoo.registry import create_model, model_signature
+from zoo.weights.checkpoint import LoadReport, load_state, matches, read_checkpoint
+
+METHODS = ("full", "head", "lora", "probe")
+
+
+def starting_point(path: str | Path, kwargs: Mapping[str, Any]) -> tuple[nn.Module, LoadReport]:
+    """The model of a checkpoint, made for other data.
+
+    Args:
+        path: a `model.safetensors` of ours, with its config.
+        kwargs: what the new data decide of the constructor arguments.
+
+    Returns:
+        The model, and what was loaded: tensors whose shape the new arguments change stay at init.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not fit in other ways.
+    """
+    state, meta = read_checkpoint(path)
+    built = meta["model"]
+    name = f"{built['domain']}/{built['name']}"
+    given = {key: value for key, value in kwargs.items() if key in model_signature(name)}
+    model = create_model(name, **(built["config"] | given))
+    own = model.state_dict()
+    other = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
+    return model, load_state(model, state, skip=other, source=str(path))
+
+
+def adapt(model: nn.Module, cfg: DictConfig) -> None:
+    """Choose what is trained, by `cfg.method`: in place.
+
+    `full`: everything. `head`: the head alone. `probe`: a fresh head on frozen features. `lora`: low-rank
+    updates of linear layers (Hu et al. 2022) and the head. The head is `model.head`, else the last child.
+    Names that match `cfg.freeze` stay frozen under any method. A module whose parameters are all frozen runs
+    in eval mode, so that its running statistics stay, too.
+
+    Raises:
+        ConfigError: unknown method, or a `freeze` glob or LoRA target that matches nothing.
+        MissingExtra: `lora` without peft.
+    """
+    if cfg.method not in METHODS:
+        raise ConfigError(
+            f"There is no method={cfg.method}.{did_you_mean(cfg.method, METHODS)} "
+            f"Methods: {', '.join(METHODS)}."
+        )
+    head = _head(model)
+    trainable = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith(f"{head}.")]
+    if cfg.method == "probe":
+        _renew(model, head)
+    if cfg.method != "full":
+        model.requires_grad_(False)
+    if cfg.method == "lora":
+        _add_lora(model, cfg.lora)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    _freeze(model, list(cfg.freeze))
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    console.print(f"{cfg.method}: {trained:,} of {total:,} parameters are trained", highlight=False)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add the low-rank updates to the weights they belong to, so that the plain model is left."""
+    if not any("lora_" in name for name, _ in model.named_parameters()):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+
+
+def _head(model: nn.Module) -> str:
+    names = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    return "head" if "head" in names else names[-1]
+
+
+def _renew(model: nn.Module, head: str) -> None:
+    """Give the head the weights of a new model."""
+    built = model.zoo_config  # pyright: ignore[reportAttributeAccessIssue]
+    fresh = create_model(f"{built['domain']}/{built['name']}", **built["config"])  # pyright: ignore
+    model.get_submodule(head).load_state_dict(fresh.get_submodule(head).state_dict())
+
+
+def _freeze(model: nn.Module, globs: list[str]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for glob in globs:
+        if not any(matches(name, [glob]) for name in names):
+            raise ConfigError(f"finetune.freeze: no parameter matches {glob!r}.{did_you_mean(glob, names)}")
+    for name, parameter in model.named_parameters():
+        if matches(name, globs):
+            parameter.requires_grad_(False)
+
+
+def _add_lora(model: nn.Module, cfg: DictConfig) -> None:
+    peft = require("peft", "llm")
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    chosen = (
+        [n for n in linear if matches(n, cfg.target)]
+        if cfg.target
+        else [n for n in linear if "att" in n.lower()]
+    )
+    if not chosen:
+        raise ConfigError(
+            "No linear layer for LoRA: "
+            + (f"none matches {list(cfg.target)}; " if cfg.target else "none in attention; ")
+            + (
+                f"the model has {', '.join(linear[:8])}. Set finetune.lora.target."
+                if linear
+                else "the model has none."
+            )
+        )
+    config = peft.LoraConfig(
+        r=cfg.r,
+        lora_alpha=cfg.alpha,
+        lora_dropout=cfg.dropout,
+        target_modules=chosen,
+        fan_in_fan_out=any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in chosen),
+    )
+    peft.inject_adapter_in_model(config, model)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"

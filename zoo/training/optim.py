@@ -1,0 +1,138 @@
+"""Optimisers with their parameter groups, and learning-rate schedules as functions of the step."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from zoo.errors import ConfigError, did_you_mean
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    cls.__name__.lower(): cls
+    for cls in vars(torch.optim).values()
+    if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls not in (Optimizer, torch.optim.LBFGS)
+}
+COMMON = ("betas", "eps")  # in the default config, not known to every optimiser
+
+
+def build_optimizer(model: nn.Module, *, name: str, layer_decay: float = 1.0, **options: Any) -> Optimizer:
+    """The optimiser `name` of `torch.optim` over the trainable parameters of `model`.
+
+    Args:
+        model: its tensors of at most one dimension, and those that its optional `no_weight_decay()` names
+            (globs), get no weight decay.
+        name: class name in lower case, such as `adamw`.
+        layer_decay: factor on the learning rate from each layer to the one before it.
+        options: `lr`, `weight_decay`, `betas`, `eps` and whatever else the class takes.
+
+    Raises:
+        ConfigError: unknown optimiser or option, or a model without trainable parameters.
+    """
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"There is no optimizer.name={name}.{did_you_mean(name, OPTIMIZERS)}")
+    known = inspect.signature(OPTIMIZERS[name]).parameters
+    options = {key: value for key, value in options.items() if key in known or key not in COMMON}
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{name} has no option optimizer.{key}.{did_you_mean(key, known)}")
+    if not options["lr"] > 0:
+        raise ConfigError(f"optimizer.lr={options['lr']}: a positive number is needed.")
+    weight_decay = options.pop("weight_decay", 0.0)
+    groups = parameter_groups(model, lr=options["lr"], weight_decay=weight_decay, layer_decay=layer_decay)
+    if not groups:
+        raise ConfigError("The model has no trainable parameter; see finetune.freeze.")
+    return OPTIMIZERS[name](groups, **options)
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters by weight decay (on or off), and by depth where `layer_decay` differs from 1."""
+    exempt = set(getattr(model, "no_weight_decay", set)())
+    layers = _layers(model)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
+            depth = len(layers) - _depth(name, layers) if layer_decay != 1.0 else 0
+            groups[depth, decays].append(parameter)
+    return [
+        {"params": parameters, "lr": lr * layer_decay**depth, "weight_decay": weight_decay if decays else 0.0}
+        for (depth, decays), parameters in groups.items()
+    ]
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Names of the children in the order in which data meets them, lists of blocks taken apart."""
+    names: list[str] = []
+    for name, child in model.named_children():
+        parts = child.named_children() if isinstance(child, nn.ModuleList | nn.Sequential) else ()
+        names += [f"{name}.{part}" for part, _ in parts] or [name]
+    return names
+
+
+def _depth(name: str, layers: Iterable[str]) -> int:
+    """1-based place of the layer that holds the parameter; 0 for a parameter of the model itself."""
+    return next((i for i, layer in enumerate(layers, 1) if name.startswith(f"{layer}.")), 0)
+
+
+def build_schedule(
+    *,
+    lr: float,
+    total_steps: int,
+    steps_per_epoch: Fraction,
+    name: str = "constant",
+    warmup_steps: int = 0,
+    min_lr: float = 0.0,
+    gamma: float = 0.7,
+    every_steps: int | None = None,
+    every_epochs: int = 1,
+) -> Callable[[int], float]:
+    """The factor on the learning rate as a function of the optimiser steps taken.
+
+    Args:
+        lr: the rate that the factor multiplies.
+        total_steps: length of the run.
+        steps_per_epoch: samples per epoch over samples per step.
+        name: `constant`; `cosine` down to `min_lr` at the last step; `step`, times `gamma` once per period;
+            `exponential`, the same without the stairs.
+        warmup_steps: the first steps rise linearly.
+        min_lr: the rate never falls below it after the warm-up.
+        every_steps, every_epochs: the period; see `period`.
+
+    Raises:
+        ConfigError: there is no schedule of this name.
+    """
+    floor, steps = min_lr / lr, period(steps_per_epoch, every_steps, every_epochs)
+    curves: dict[str, Callable[[int], float]] = {
+        "constant": lambda step: 1.0,
+        "cosine": lambda step: (
+            floor + (1 - floor) * _half_cosine((step - warmup_steps) / max(1, total_steps - warmup_steps))
+        ),
+        "step": lambda step: gamma ** (step // steps),
+        "exponential": lambda step: gamma ** (step / steps),
+    }
+    if name not in curves:
+        raise ConfigError(
+            f"There is no schedule.name={name}.{did_you_mean(name, curves)} Schedules: {', '.join(curves)}."
+        )
+    curve = curves[name]
+    return lambda step: (step + 1) / warmup_steps if step < warmup_steps else max(floor, curve(step))
+
+
+def period(steps_per_epoch: Fraction, every_steps: int | None, every_epochs: int) -> int:
+    """Optimiser steps of a period: `every_steps`, else those of `every_epochs`, rounded down."""
+    return max(1, every_steps or int(every_epochs * steps_per_epoch))
+
+
+def _half_cosine(done: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -1,0 +1,362 @@
+"""A run from config to results: train, resume, evaluate, finetune."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback, LambdaCallback
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from zoo import config as zoo_config
+from zoo.cli.console import console, errors
+from zoo.errors import CheckpointError, ConfigError, ZooError, did_you_mean
+from zoo.files import atomic_write
+from zoo.registry import get_domain
+from zoo.training.callbacks import Checkpoints, MetricsTable, Patience, ProgressLine, RandomState, StopAtStep
+from zoo.training.checkpoint_io import AtomicCheckpointIO
+from zoo.training.data import DataModule
+from zoo.training.ema import EMA
+from zoo.training.finetune import adapt, merge_lora
+from zoo.training.task import Task
+from zoo.weights.checkpoint import load_model, read_checkpoint, save_model
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run lies and what it reached."""
+
+    folder: Path
+    results: dict[str, Any]
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+def train(cfg: DictConfig) -> RunResult | None:
+    """Train as `cfg` says, test the best weights, and fill the run folder.
+
+    Returns:
+        The run; None on all processes but the first.
+
+    Raises:
+        ZooError: a mistake in config or data, a loss that is no longer finite, a full disk, memory used up;
+            when training had begun, the message says how to resume.
+    """
+    _quiet()
+    folder = Path(cfg.run_dir) if cfg.run_dir else _new_folder(cfg)
+    if not cfg.resume and (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"There is a run in {folder} already. "
+            f"Go on with zoo train resume={folder}, or choose another run_dir."
+        )
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    checkpoints = Checkpoints(folder / "checkpoints", **cfg.checkpointing)
+    resumed = checkpoints.last_path if cfg.resume and checkpoints.last_path.is_file() else None
+    data, task = _build(cfg, resumed)
+    trainer = _trainer(cfg, folder, checkpoints)
+    started = time.monotonic()
+    _fit(trainer, task, data, checkpoints, resumed)
+    best = trainer.strategy.broadcast(checkpoints.best_path)
+    task.load_state_dict(AtomicCheckpointIO().load_checkpoint(best)["state_dict"])
+    trainer.test(task, data, verbose=False)
+    if not trainer.is_global_zero:
+        return None
+    results = _finish(cfg, folder, task, data)
+    _environment(folder, {"seconds": round(time.monotonic() - started, 1)})
+    return RunResult(folder, results)
+
+
+def finetune(cfg: DictConfig) -> RunResult | None:
+    """Train from the weights of `cfg.finetune.checkpoint`, by `cfg.finetune.method`; otherwise as `train`."""
+    if not cfg.finetune.checkpoint:
+        raise ConfigError("zoo finetune needs checkpoint=RUN or checkpoint=FILE.safetensors.")
+    meta = read_checkpoint(_source(cfg))[1]
+    if not meta:
+        raise CheckpointError(
+            f"{cfg.finetune.checkpoint} carries no model config. Give a run or its model.safetensors."
+        )
+    if not cfg.get("data"):
+        raise ConfigError("zoo finetune needs data to train on, for example data=metr_la data.path=FILE.")
+    built = meta["model"]
+    chosen = {"model": {"name": built["name"], **built["config"]}, "domain": {"name": built["domain"]}}
+    return train(cast(DictConfig, OmegaConf.merge(OmegaConf.create(dict(cfg)), chosen)))
+
+
+def resumed_config(run: str | Path, overrides: list[str]) -> DictConfig:
+    """The config of the run in folder `run`, to go on with.
+
+    Args:
+        overrides: `key=value`; only what leaves the numbers of the steps already done meaningful may change.
+
+    Raises:
+        CheckpointError: no run lies there.
+        ConfigError: an override of something that a resumed run keeps.
+    """
+    cfg = _stored_config(Path(run))
+    changeable = (
+        "trainer.",
+        "logger.",
+        "early_stopping.",
+        "checkpointing.every_n_steps",
+        "plots",
+        "data.num_workers",
+    )
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.startswith(changeable):
+            raise ConfigError(
+                f"A resumed run keeps its {key}. What may change: {', '.join(changeable)}. "
+                f"To start from its weights with other settings: zoo finetune checkpoint={run}."
+            )
+        parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+        if key.rpartition(".")[2] not in (parent or {}) and not key.startswith("trainer."):
+            known = [f"{key.rpartition('.')[0]}.{name}" for name in parent or {}]
+            raise ConfigError(f"Unknown key {key!r}.{did_you_mean(key, known)}")
+        OmegaConf.update(cfg, key, OmegaConf.from_dotlist([f"value={value}"]).value, force_add=True)
+    cfg.resume = cfg.run_dir = str(run)
+    return cfg
+
+
+def _build(cfg: DictConfig, resumed: Path | None) -> tuple[DataModule, Task]:
+    domain = get_domain(cfg.domain.name)
+    data: DataModule = domain.load("data")(**({"seed": cfg.seed} | dict(cfg.data)))
+    data.prepare_data()
+    data.setup("fit")
+    task_class = domain.load("task")
+    started = resumed is not None or "finetune" not in cfg
+    task = task_class.build(cfg, data, None if started else task_class.transfer(_source(cfg), data))
+    if "finetune" in cfg:
+        adapt(task.model, cfg.finetune)
+    if cfg.compile:
+        task.model.compile()
+    return data, task
+
+
+def _trainer(cfg: DictConfig, folder: Path, checkpoints: Checkpoints) -> pl.Trainer:
+    options = dict(cfg.trainer)
+    max_steps = options.pop("max_steps", -1)
+    if max_steps > 0 and options.get("max_epochs") is None:
+        options["max_epochs"] = -1
+    callbacks: list[Callback] = [
+        LambdaCallback(
+            on_fit_start=lambda trainer, _: _open_folder(cfg, folder) if trainer.is_global_zero else None
+        ),
+        RandomState(cfg.seed),
+        MetricsTable(folder / "metrics.csv" if cfg.logger.csv else None),
+    ]
+    callbacks += [StopAtStep(max_steps)] if max_steps > 0 else []
+    callbacks += [EMA(**cfg.ema)] if cfg.ema else []
+    if cfg.early_stopping:
+        monitored = {"monitor": checkpoints.monitor, "mode": cfg.checkpointing.mode} | dict(
+            cfg.early_stopping
+        )
+        callbacks.append(Patience(**monitored, check_finite=False))
+    callbacks += [ProgressLine()] if options.get("enable_progress_bar", True) else []
+    logger = TensorBoardLogger(folder, name="tensorboard", version="") if cfg.logger.tensorboard else False
+    defaults = {"num_sanity_val_steps": 0, "enable_model_summary": False, "log_every_n_steps": 10}
+    try:
+        return pl.Trainer(
+            **(defaults | options),
+            callbacks=[*callbacks, checkpoints],
+            logger=logger,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=folder,
+            use_distributed_sampler=False,
+        )
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"Lightning refuses the trainer settings: {error}") from None
+
+
+def _fit(
+    trainer: pl.Trainer, task: Task, data: DataModule, checkpoints: Checkpoints, resumed: Path | None
+) -> None:
+    """`trainer.fit`, whose failures say how to go on."""
+    try:
+        trainer.fit(task, data, ckpt_path=resumed)
+    except ConfigError:
+        raise
+    except ZooError as error:
+        raise ZooError(f"{error}{_way_on(checkpoints)}") from error
+    except torch.OutOfMemoryError as error:
+        raise ZooError(f"Out of memory: {error} Lower data.batch_size.{_way_on(checkpoints)}") from error
+    except BaseException:
+        errors.print(f"[bold]Training stopped.[/]{_way_on(checkpoints)}", highlight=False, soft_wrap=True)
+        raise
+
+
+def _way_on(checkpoints: Checkpoints) -> str:
+    if not checkpoints.last_path.is_file():
+        return " No checkpoint had been written yet; set checkpointing.every_n_steps to have them earlier."
+    last, run = checkpoints.last_path, checkpoints.folder.parent
+    return f" The last checkpoint is {last}; go on with: zoo train resume={run}"
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------
+
+
+def evaluate(cfg: DictConfig) -> RunResult | None:
+    """Test the weights of a run, or of a checkpoint file, on the test part of the data.
+
+    Raises:
+        ConfigError: neither or both of `run` and `checkpoint` are given, or no data.
+        CheckpointError: there are no such weights, or they belong to other sensors or another task.
+    """
+    _quiet()
+    if bool(cfg.run) == bool(cfg.checkpoint):
+        raise ConfigError("zoo evaluate needs either run=RUN or checkpoint=FILE.safetensors.")
+    path = weights_of(cfg.run) if cfg.run else Path(cfg.checkpoint)
+    stored = _stored_config(Path(cfg.run)) if cfg.run else OmegaConf.create({})
+    model, facts = load_model(path)
+    domain = get_domain(model.zoo_config["domain"])  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
+    settings = cfg.get("data") or stored.get("data")
+    if not settings:
+        raise ConfigError(
+            "zoo evaluate checkpoint=FILE needs data to test on, for example data=metr_la data.path=FILE."
+        )
+    data: DataModule = domain.load("data")(**settings)
+    data.prepare_data()
+    data.setup("test")
+    task_class = domain.load("task")
+    task_class.check(facts, data, str(path))
+    task_class.prepare(facts, data)
+    task: Task = task_class(model, stored, facts)
+    trainer = pl.Trainer(
+        **_for_test(cfg), logger=False, enable_checkpointing=False, use_distributed_sampler=False
+    )
+    trainer.test(task, data, verbose=False)
+    if not trainer.is_global_zero:
+        return None
+    folder = Path(cfg.output or (cfg.run or "evaluation"))
+    return RunResult(folder, _report(cfg, folder, task, data))
+
+
+def _source(cfg: DictConfig) -> Path:
+    path = Path(cfg.finetune.checkpoint)
+    return weights_of(path) if path.is_dir() else path
+
+
+def weights_of(run: str | Path) -> Path:
+    """The exported weights of a run.
+
+    Raises:
+        CheckpointError: the folder is no run, or the run has not finished.
+    """
+    run = Path(run)
+    _stored_config(run)
+    if not (run / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"The run {run} has not finished: there is no model.safetensors. zoo train resume={run}"
+        )
+    return run / "model.safetensors"
+
+
+def _for_test(cfg: DictConfig) -> dict[str, Any]:
+    known = (
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "precision",
+        "limit_test_batches",
+        "enable_progress_bar",
+    )
+    options = {key: value for key, value in cfg.trainer.items() if key in known}
+    return options | {"enable_progress_bar": False, "enable_model_summary": False}
+
+
+# ---- the run folder ----------------------------------------------------------------------------------------
+
+
+def _new_folder(cfg: DictConfig) -> Path:
+    return Path("runs") / cfg.domain.name / cfg.model.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+def _open_folder(cfg: DictConfig, folder: Path) -> None:
+    for leftover in (folder / "checkpoints").glob(".*.part"):
+        leftover.unlink()
+    zoo_config.write(cfg, folder / "config.yaml")
+    _environment(folder, {"command": sys.argv, "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}"})
+    console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+def _stored_config(run: Path) -> DictConfig:
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"There is no run in {run}: config.yaml is missing.")
+    config = OmegaConf.load(run / "config.yaml")
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def _finish(cfg: DictConfig, folder: Path, task: Task, data: DataModule) -> dict[str, Any]:
+    """Export the weights, then report on them."""
+    merge_lora(task.model)
+    save_model(task.model, folder / "model.safetensors", extra=data.extra())
+    results = _report(cfg, folder, task, data)
+    console.print(f"Weights, metrics and plots are in {folder}", highlight=False, soft_wrap=True)
+    return results
+
+
+def _report(cfg: DictConfig, folder: Path, task: Task, data: DataModule) -> dict[str, Any]:
+    results = task.results(data)
+    _write_json(folder / "results.json", results)
+    for part in task.report(results):
+        console.print(part, highlight=False)
+    if cfg.plots:
+        task.plots(data, results, folder / "plots")
+    return results
+
+
+def _environment(folder: Path, facts: dict[str, Any]) -> None:
+    """Add facts to `environment.json`; the first time, those of the machine and the code."""
+    path = folder / "environment.json"
+    known = (
+        json.loads(path.read_text())
+        if path.is_file()
+        else {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "torch": torch.__version__,
+            "lightning": version("pytorch-lightning"),
+            "threads": torch.get_num_threads(),
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "git": _git_state(),
+        }
+    )
+    _write_json(path, known | facts)
+
+
+def _git_state() -> str | None:
+    """Commit of the code, with `-dirty` for changes on top; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=2)
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says to developers."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
+        warnings.filterwarnings("ignore", module=module)

@@ -1,0 +1,1 @@
+"""Weights: reading and saving them safely, official layouts, checkpoint cards and downloads."""
