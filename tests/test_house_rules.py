@@ -71,7 +71,9 @@ def test_import_zoo_is_light() -> None:
         "import zoo; seconds = time.perf_counter() - start;"
         "print(json.dumps([seconds, sorted({m.split('.')[0] for m in set(sys.modules) - before})]))"
     )
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     seconds, modules = json.loads(out.stdout)
     assert seconds < 0.5
     heavy = {"pandas", "pytorch_lightning", "timm", "h5py", "matplotlib", "transformers", "domains", "hydra"}

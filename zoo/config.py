@@ -56,7 +56,9 @@ def _parse(text: str) -> Override:
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
-        raise ConfigError(f"Cannot read the override {text!r}. Write key=value, for example trainer.max_epochs=20.") from None
+        raise ConfigError(
+            f"Cannot read the override {text!r}. Write key=value, for example trainer.max_epochs=20."
+        ) from None
     if override.is_sweep_override():
         raise ConfigError(f"{text!r} names several values. Run the command once for each.")
     return override
@@ -94,7 +96,7 @@ def _hydra(verb: str, overrides: list[str]) -> DictConfig:
 
 
 def _setting(override: Override, base: DictConfig, groups: dict[str, list[str]]) -> str:
-    """The override as Hydra wants it, once its key is known to exist and its value to be of the right kind."""
+    """The override as Hydra wants it, once its key is known and its value is of the right kind."""
     line, key = override.input_line or "", override.key_or_group
     if override.is_add() or override.is_force_add() or override.is_delete():
         return line
@@ -133,7 +135,7 @@ def _leaves(config: DictConfig, prefix: str = "") -> list[str]:
 
 def _check_kind(key: str, old: Any, new: Any) -> None:
     """Numbers stay numbers, switches stay switches; null and a first value for null are always allowed."""
-    if old is None or new is None or isinstance(new, str) and "${" in new:
+    if old is None or new is None or (isinstance(new, str) and "${" in new):
         return
     kinds: list[tuple[str, Any]] = [
         ("true or false", bool),

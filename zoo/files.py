@@ -17,7 +17,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; move it onto `path` on success, remove it on error.
 
     Raises:
-        ZooError: the folder cannot be written or the disk is full; a file already at `path` is left as it was.
+        ZooError: the folder cannot be written or the disk is full; a file at `path` is left as it was.
     """
     path = Path(path)
     temporary = None
@@ -31,7 +31,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise ZooError(f"Cannot write {path}: {error.strerror or error}. Nothing was changed there.") from error
+        raise ZooError(
+            f"Cannot write {path}: {error.strerror or error}. Nothing was changed there."
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -40,9 +42,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file for writing (`"wb"` or `"w"`) that replaces `path` only once it is complete."""
-    with atomic_path(path) as temporary:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
+    encoding = None if "b" in mode else "utf-8"
+    with atomic_path(path) as temporary, open(temporary, mode, encoding=encoding) as file:
+        yield file
 
 
 def _flush(path: Path) -> None:

@@ -24,7 +24,6 @@ from zoo.training.task import Task, checked, new_model
 from zoo.weights.checkpoint import read_checkpoint
 
 REPORTED_MINUTES = (15, 30, 60)
-NORM_DECAY_EPOCHS = 5  # GMAN's period for learning rate and running statistics, where the schedule has none
 
 
 class TrafficTask(Task):
@@ -113,13 +112,9 @@ class TrafficTask(Task):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if hasattr(self.model, "set_norm_decay"):
-            schedule = self.cfg.schedule
-            steps = period(
-                self.steps_per_epoch,
-                schedule.get("every_steps"),
-                schedule.get("every_epochs") or NORM_DECAY_EPOCHS,
-            )
-            cast(Any, self.model).set_norm_decay(self.global_step, steps)
+            model = cast(Any, self.model)
+            steps = period(self.steps_per_epoch, None, model.norm_decay_epochs)
+            model.set_norm_decay(self.global_step, steps)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         return self.forecast(batch)

@@ -282,7 +282,7 @@ def _renamed(
     missing = [name for name in names if name not in state_dict]
     if missing:
         raise CheckpointError(
-            f"These are not the weights of a {source} with enough layers: {len(missing)} tensors are missing, "
+            f"These are no weights of a {source} with enough layers: {len(missing)} tensors are missing, "
             f"first {missing[0]!r}."
         )
     return {prefix + ours: _from_conv1d(name, state_dict[name]) for name, ours in names.items()}

@@ -134,8 +134,8 @@ def _fused(tile: Tile, bias: Tensor | None, p: Problem) -> Tensor:
 def _widened(x: Tensor, tile: Tile) -> Tensor:
     """`x` with zero channels up to a width of 16 where that pays.
 
-    Narrower heads cost the CPU kernel 1.6 times as much (forward and backward, 325 and 2,000 tokens of width 8,
-    float32), unless there are few tokens.
+    Narrower heads cost the CPU kernel 1.6 times as much (forward and backward, 325 and 2,000 tokens of
+    width 8, float32), unless there are few tokens.
     """
     few = min(tile.q.shape[2], tile.k.shape[2]) < 64
     if few or x.shape[-1] >= 16 or x.device.type != "cpu" or x.dtype != torch.float32:

@@ -129,7 +129,7 @@ def build_schedule(
     return lambda step: (step + 1) / warmup_steps if step < warmup_steps else max(floor, curve(step))
 
 
-def period(steps_per_epoch: Fraction, every_steps: int | None, every_epochs: int) -> int:
+def period(steps_per_epoch: Fraction, every_steps: int | None, every_epochs: float) -> int:
     """Optimiser steps of a period: `every_steps`, else those of `every_epochs`, rounded down."""
     return max(1, every_steps or int(every_epochs * steps_per_epoch))
 

@@ -79,8 +79,6 @@ def read_series(
             )
     if format == "auto":
         format = detect_format(path)
-    if path.is_file():
-        refuse_impostors(path)
     clock = Clock(path, start, interval_minutes, weekdays_only)
     ids = (
         read_sensor_ids(sensor_ids)
@@ -97,7 +95,12 @@ def read_series(
         "basicts": lambda: read_basicts(path, clock),
         "staeformer": lambda: read_staeformer(path, clock),
     }
-    series = _name_sensors(readers[format](), ids)
+    try:
+        if path.is_file():
+            refuse_impostors(path)
+        series = _name_sensors(readers[format](), ids)
+    except OSError as error:
+        raise DataError(f"Cannot read {path} as {format}: {error.strerror or error}.") from None
     series.check(gaps="keep", dead_sensors="keep")
     if gaps == "fill":
         return series.filled()

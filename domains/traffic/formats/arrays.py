@@ -29,6 +29,7 @@ def read_npz(path: Path, key: str | None, clock: Clock) -> TrafficSeries:
 
 
 def choose(arrays: dict[str, np.ndarray], path: Path, key: str | None) -> np.ndarray:
+    """The readings among the arrays of a file: those called `key`, `data`, or the only ones."""
     if key is None and {"x", "y"} <= arrays.keys():
         raise DataError(
             f"{path} holds windows x, y of one part: give the folder with train, val and test.npz instead."
@@ -45,6 +46,7 @@ def choose(arrays: dict[str, np.ndarray], path: Path, key: str | None) -> np.nda
 
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz; a DataError if one of them is pickled."""
     refuse_impostors(path)
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -54,6 +56,7 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def load_npy(path: Path) -> np.ndarray:
+    """The array of an npy; a DataError if it is pickled."""
     refuse_impostors(path)
     try:
         return np.load(path, allow_pickle=False)

@@ -50,6 +50,7 @@ class Clock:
         return regular_clock(self.first_row(start), steps, interval, weekdays_only), interval
 
     def first_row(self, start: str) -> np.datetime64:
+        """The date and time that `start` writes."""
         try:
             return np.datetime64(str(start), "s")
         except ValueError:

@@ -17,6 +17,7 @@ from zoo.errors import DataError, did_you_mean
 
 
 def read_h5(path: Path, key: str | None, clock: Clock) -> TrafficSeries:
+    """The frame or array called `key`, or the only one; `clock` tells the time of a plain array."""
     try:
         with h5py.File(path, "r") as file:
             node = _node(file, path, key)

@@ -35,6 +35,7 @@ UNREADABLE = (
 
 
 def read_csv(path: Path, columns: Sequence[str] | None, header: bool | None, clock: Clock) -> TrafficSeries:
+    """A table of text, plain or gzipped, with any usual separator."""
     try:
         separator = _separator(path)
         _refuse_short_rows(path, separator)
@@ -106,6 +107,7 @@ def _has_header(head: pd.DataFrame) -> bool:
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None, clock: Clock) -> TrafficSeries:
+    """A table as pandas or pyarrow writes it; an index that is not a row number counts as a column."""
     try:
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:

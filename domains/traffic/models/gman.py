@@ -110,7 +110,8 @@ class TimeLinear(NormLinear):
         """int64 `[..., 2]` (weekday 0 = Monday, slot) `-> [..., out]`"""
         weekday, slot = time.unbind(-1)
         table = self.weight.T
-        y = F.embedding(weekday, table) + F.embedding(slot + 7, table) + self.bias
+        y = F.embedding(weekday, table) + F.embedding(slot + 7, table)
+        y = y if self.bias is None else y + self.bias
         return (y if self.norm is None else self.norm(y)).relu()
 
 
@@ -299,9 +300,13 @@ class GMAN(nn.Module):
         norm_eps: added to its variances.
         norm_momentum: weight of the newest batch in its running statistics. (They start at mean 0, variance
             1, not at the 0, 0 of the original program, with which a first evaluation overflows.)
+        norm_decay_epochs: epochs after which `norm_momentum` halves in training, see `set_norm_decay`; a
+            short training needs less than the published 5.
         spatial_groups: attend over the sensors within this many random groups and between the groups instead
             of all to all, for large N; 0 for all to all, as both programs do.
         group_seed: draws the groups.
+        add_last: forecast the difference to the last reading (first channel), which helps when data are few;
+            neither program does.
         variant: `"original"`, or `"port"` for the PyTorch port that the authors name: another function, see
             `gman_port`.
 
@@ -326,8 +331,10 @@ class GMAN(nn.Module):
         norm: bool = True,
         norm_eps: float = 1e-3,
         norm_momentum: float = 0.5,
+        norm_decay_epochs: float = 5.0,
         spatial_groups: int = 0,
         group_seed: int = 0,
+        add_last: bool = False,
         variant: Literal["original", "port"] = "original",
     ) -> None:
         super().__init__()
@@ -345,6 +352,8 @@ class GMAN(nn.Module):
         self.history = history
         self.horizon = horizon
         self.variant = variant
+        self.add_last = add_last
+        self.norm_decay_epochs = norm_decay_epochs
         dim = num_heads * head_dim
         port = variant == "port"
         make_norm = partial(BatchNorm, eps=norm_eps, momentum=norm_momentum, unbiased=port)
@@ -387,7 +396,8 @@ class GMAN(nn.Module):
         h = self.transform(h, past, future)
         for block in self.decoder:
             h = block(h, future)
-        return self.output(h).squeeze(-1)
+        forecast = self.output(h).squeeze(-1)
+        return forecast + x[:, -1:, :, 0] if self.add_last else forecast
 
     def bind(self, graph: SensorGraph) -> None:
         """Take the spatial embedding of a sensor graph."""

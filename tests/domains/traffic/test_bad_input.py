@@ -383,3 +383,10 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
         write_series(make_series(), tmp_path / "a.csv")
     assert (tmp_path / "a.csv").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+@pytest.mark.parametrize("format", ["h5", "npz", "csv", "parquet", "basicts", "dcrnn", "staeformer"])
+def test_a_forced_format_of_a_missing_file_or_a_folder_is_one_message(tmp_path: Path, format: str) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(DataError, match=str(path)):
+            read_series(path, format=format)

@@ -154,12 +154,12 @@ def test_decay_of_gman_running_statistics_follows_its_schedule() -> None:
 
 
 def test_group_attention_without_the_groups_among_each_other_is_attention_within_each_group() -> None:
-    """A group alone, as a network of its own, gives the same, once what the groups exchange is switched off."""
+    """A group, as a network of its own, gives the same once what the groups exchange is switched off."""
     attention = build("gman", spatial_groups=3).eval().encoder[0].spatial
     dense = build("gman").eval().encoder[0].spatial
     dense.load_state_dict(attention.state_dict(), strict=False)
     nn.init.zeros_(attention.group_qkv.weight)
-    attention.group_qkv.norm.bias.data.fill_(-1.0)  # negative before the ReLU: zeros after it
+    attention.group_qkv.norm.bias.data.fill_(-1.0)  # negative before the ReLU
     h, embedding = torch.randn(2, P, N, 8), build("gman").eval().embedding(window(2)[1][:, :P])
     grouped = attention(h, embedding, None)
     for group in range(3):

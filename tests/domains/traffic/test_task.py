@@ -22,6 +22,8 @@ from zoo.registry import create_model, model_signature
 class Persistence(nn.Module):
     """The last input for every step; `shift` is trainable."""
 
+    norm_decay_epochs = 5.0
+
     def __init__(self) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(()))
@@ -74,10 +76,10 @@ def test_loss_and_metrics_are_in_original_units(tmp_path: Path) -> None:
     torch.testing.assert_close(task.metrics("val")["mae"].float(), (total / count), rtol=1e-5, atol=0)
 
 
-def test_norm_decay_is_told_the_step_and_the_period_of_the_schedule(tmp_path: Path) -> None:
+def test_norm_decay_is_told_the_step_and_the_period_of_the_model(tmp_path: Path) -> None:
     module = data(tmp_path / "a.csv", batch_size=32)
     model = Persistence()
-    cfg = config(schedule={"name": "step", "gamma": 0.7, "every_epochs": 5}, trainer={"max_epochs": 1})
+    cfg = config(trainer={"max_epochs": 1})
     fit(TrafficTask.build(cfg, module, model), module)
     steps = -(-module.size("train") // 32)
     assert model.decays == [(step, 5 * module.size("train") // 32) for step in range(steps)]

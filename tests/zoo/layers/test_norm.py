@@ -18,7 +18,7 @@ def torch_layers(ours: NormLinear, eps: float, momentum: float) -> nn.Sequential
     outs, ins = ours.weight.shape
     linear, norm = nn.Linear(ins, outs), nn.BatchNorm1d(outs, eps=eps, momentum=momentum)
     linear.load_state_dict({"weight": ours.weight, "bias": ours.bias})
-    norm.load_state_dict({k: v for k, v in ours.norm.state_dict().items()}, strict=False)
+    norm.load_state_dict(ours.norm.state_dict(), strict=False)
     return nn.Sequential(linear, norm, nn.ReLU()).double()
 
 
@@ -85,7 +85,7 @@ def test_two_processes_equal_one(unused_tcp_port: int) -> None:
         torch.testing.assert_close(running_var, ours.norm.running_var)
 
 
-@pytest.fixture()
+@pytest.fixture
 def unused_tcp_port() -> int:
     import socket
 
