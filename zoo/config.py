@@ -18,6 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from zoo.errors import ConfigError, did_you_mean
 from zoo.paths import config_dir
 
+NEEDS_DOMAIN = ("train", "bench")
+"""Verbs that start from nothing; the others find the domain in a run or a checkpoint."""
+
 OPTIONAL = {
     "optimizer": ("momentum", "nesterov", "amsgrad", "alpha"),
     "schedule": ("gamma", "every_steps", "every_epochs", "min_lr", "warmup_steps"),
@@ -41,6 +44,10 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
     parsed = [_parse(text) for text in overrides]
     groups = _groups()
     _check_groups(parsed, groups)
+    if verb in NEEDS_DOMAIN and not any(o.key_or_group == "domain" and o.value() for o in parsed):
+        raise ConfigError(
+            f"Choose a domain: zoo {verb} domain={groups['domain'][0]} ... Domains: {', '.join(groups['domain'])}."
+        )
     chosen = [o.input_line or "" for o in parsed if _is_group(o, groups)]
     base = _hydra(verb, chosen)
     settings = [_setting(o, base, groups) for o in parsed if not _is_group(o, groups)]

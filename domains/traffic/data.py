@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from domains.traffic.graph import (
     read_locations,
     read_se,
 )
-from domains.traffic.series import TrafficSeries, listed
+from domains.traffic.series import TrafficSeries, listed, time_features, weekday
 from zoo.errors import ConfigError, DataError, did_you_mean
 from zoo.files import atomic_path
 from zoo.training.data import DataModule
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MISSING = ("zero", "nan", "mask")
 PARTS = ("train", "val", "test")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
 # ---- from readings to inputs and targets -------------------------------------------------------------------
@@ -55,6 +56,7 @@ class Preprocessing:
         null_value: a reading of this value is missing, as NaN always is; None when every number is real.
         mean: of each input channel over the training windows, in the units of the file.
         std: its population standard deviation.
+        weekdays: for each day of the week the one that stands for it, see `stand_ins`.
     """
 
     channels: list[str]
@@ -63,6 +65,7 @@ class Preprocessing:
     null_value: float | None = 0.0
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
+    weekdays: list[int] = field(default_factory=lambda: list(range(7)))
 
     def __post_init__(self) -> None:
         for name, options in (("missing", MISSING), ("fill", ("none", "forward"))):
@@ -122,12 +125,28 @@ class Preprocessing:
             scaled = np.concatenate([scaled, real], axis=2)
         return torch.from_numpy(np.ascontiguousarray(scaled[:, :, 0] if scaled.shape[2] == 1 else scaled))
 
+    def time(self, timestamps: np.ndarray, interval_minutes: int) -> Tensor:
+        """`[T, 2]` int64: day of week (or the one that stands for it) and slot of the day."""
+        features = time_features(timestamps, interval_minutes)
+        features[:, 0] = np.asarray(self.weekdays)[features[:, 0]]
+        return torch.from_numpy(features)
+
     def _filled(self, values: np.ndarray) -> np.ndarray:
         if self.fill == "forward":
             rows = np.arange(len(values))[:, None, None]
             last = np.maximum.accumulate(np.where(self.observed(values), rows, 0), axis=0)
             values = np.take_along_axis(values, last, axis=0)
         return np.nan_to_num(values) if self.missing == "zero" else values
+
+
+def stand_ins(seen: Collection[int]) -> list[int]:
+    """For each day of the week (Monday = 0) the latest `seen` one up to it, of its kind (working day or weekend)
+    if there is any: what a model was never trained on would mean nothing to it."""
+
+    def apart(day: int, other: int) -> tuple[bool, int]:
+        return (day > 4) != (other > 4), (day - other) % 7
+
+    return [min(seen, key=lambda other, day=day: apart(day, other)) for day in range(7)]
 
 
 # ---- from rows to windows ----------------------------------------------------------------------------------
@@ -402,6 +421,7 @@ class TrafficData(DataModule):
         self.preprocessing.fit(
             values, history_counts(starts["train"], self.history, len(values)), series.source
         )
+        self._name_weekdays(starts["train"])
         self._report_missing(values[:, :, 0])
         if self.graph.adjacency is None:
             self._join_correlated(values[:, :, 0])
@@ -409,7 +429,7 @@ class TrafficData(DataModule):
         inputs = self.preprocessing.inputs(values)
         observed = self.preprocessing.observed(values[:, :, 0])
         targets = torch.from_numpy(np.where(observed, values[:, :, 0], np.float32(0)))
-        time = torch.from_numpy(series.time_features())
+        time = self.preprocessing.time(series.timestamps, series.interval_minutes)
         self.train_set, self.val_set, self.test_set = (
             Windows(
                 inputs,
@@ -433,6 +453,19 @@ class TrafficData(DataModule):
                     f"(history {self.history} + horizon {self.horizon}). Lower data.history or "
                     "data.horizon, or give more data."
                 )
+
+    def _name_weekdays(self, train_starts: np.ndarray) -> None:
+        """Let days of the week that no training window holds be taken for others."""
+        days = weekday(self.series.timestamps)
+        length = self.history + self.horizon
+        seen = np.unique(days[np.unique(train_starts[:, None] + np.arange(length))]).tolist()
+        self.preprocessing.weekdays = stand_ins(seen)
+        if unseen := sorted(set(days.tolist()) - set(seen)):
+            log.warning(
+                "%s: days of the week that the training part does not have: %s.",
+                self.series.source,
+                ", ".join(f"{DAYS[day]} (taken for {DAYS[self.preprocessing.weekdays[day]]})" for day in unseen),
+            )
 
     def _report_missing(self, target: np.ndarray) -> None:
         """Refuse a part without targets; say once where readings are missing."""

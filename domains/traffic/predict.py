@@ -18,7 +18,7 @@ from domains.traffic.data import Preprocessing
 from domains.traffic.formats import read_series
 from domains.traffic.metrics import HorizonErrors
 from domains.traffic.plots import forecast_plot, quantity, sensor_map, unit
-from domains.traffic.series import TrafficSeries, listed, time_features
+from domains.traffic.series import TrafficSeries, listed
 from zoo.cli.console import console
 from zoo.errors import ConfigError, DataError, did_you_mean
 from zoo.files import atomic_path
@@ -62,9 +62,10 @@ def forecast_after(model: nn.Module, facts: Mapping[str, Any], series: TrafficSe
         series: the model's sensors and channels, in its order.
     """
     history = facts["history"]
-    inputs = Preprocessing(**facts["preprocessing"]).inputs(series.values[: now + 1])[-history:]
-    time = time_features(_clock(series, now, history, facts["horizon"]), series.interval_minutes)
-    scaled = model(inputs[None], torch.from_numpy(time)[None])
+    preprocessing = Preprocessing(**facts["preprocessing"])
+    inputs = preprocessing.inputs(series.values[: now + 1])[-history:]
+    time = preprocessing.time(_clock(series, now, history, facts["horizon"]), series.interval_minutes)
+    scaled = model(inputs[None], time[None])
     return (scaled * torch.tensor(facts["std"]) + torch.tensor(facts["mean"]))[0].numpy()
 
 

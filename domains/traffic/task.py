@@ -75,13 +75,14 @@ class TrafficTask(Task):
 
     @staticmethod
     def prepare(facts: Mapping[str, Any], data: TrafficData) -> None:
-        """Scale the inputs of `data` as those that the weights stored with `facts` were trained on."""
+        """Scale and date the inputs of `data` as those that the weights stored with `facts` were trained on."""
         stored = Preprocessing(**facts["preprocessing"])
         if stored != data.preprocessing:
             channels = [data.series.channels.index(name) for name in stored.channels]
             inputs = stored.inputs(data.series.values[:, :, channels])
+            time = stored.time(data.series.timestamps, data.series.interval_minutes)
             for windows in (data.train_set, data.val_set, data.test_set):
-                windows.inputs = inputs
+                windows.inputs, windows.time = inputs, time
             data.preprocessing = stored
 
     @classmethod

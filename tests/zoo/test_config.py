@@ -49,6 +49,12 @@ def test_a_constructor_argument_that_the_configs_do_not_list_is_accepted() -> No
     assert compose("train", ["domain=traffic", "data.num_workers=1"]).data.num_workers == 1
 
 
+@pytest.mark.parametrize("verb", ["train", "bench"])
+def test_a_verb_that_starts_from_nothing_asks_for_the_domain(verb: str) -> None:
+    with pytest.raises(ConfigError, match="domain=traffic"):
+        compose(verb, ["model=gman"])
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -10,8 +10,7 @@ from omegaconf import OmegaConf
 
 from zoo.cli.console import console
 from zoo.config import compose
-from zoo.errors import ConfigError
-from zoo.registry import get_domain, list_domains
+from zoo.registry import get_domain
 
 app = typer.Typer()
 
@@ -33,9 +32,6 @@ def bench(
     if cfg:
         console.print(OmegaConf.to_yaml(config), highlight=False)
         return
-    if "domain" not in config:
-        domains = ", ".join(list_domains())
-        raise ConfigError(f"Say which domain, for example domain=traffic. Domains: {domains}.")
     report = get_domain(config.domain.name).load("bench")(config)
     console.print(report)
     path = Path(config.output or f"runs/bench-{config.model.name}.json")

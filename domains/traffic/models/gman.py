@@ -383,6 +383,8 @@ class GMAN(nn.Module):
             nn.Dropout(dropout),
             program.dense(dim, 1, relu=False),
         )
+        if add_last:  # start from the last reading itself
+            nn.init.zeros_(self.output[-1].weight)  # type: ignore[union-attr]
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Scaled readings x `[B, P, N(, C)]`, time int64 `[B, P+Q, 2]` (weekday, slot) -> `[B, Q, N]`."""

@@ -17,6 +17,7 @@ from domains.traffic.data import (
     history_counts,
     longest_run,
     split_rows,
+    stand_ins,
     window_starts,
 )
 from domains.traffic.formats import write_series
@@ -186,7 +187,23 @@ def test_batch_has_the_shapes_types_and_meaning_of_the_contract(tmp_path: Path) 
     np.testing.assert_allclose(batch["x"][0] * data.std + data.mean, raw[:6], atol=1e-4)
     np.testing.assert_array_equal(batch["y"][0], raw[6:])
     assert torch.equal(batch["y_mask"], batch["y"] != 0)
-    np.testing.assert_array_equal(batch["time"][0], data.series.time_features()[first : first + 9])
+    slots = data.series.time_features()[first : first + 9, 1]
+    np.testing.assert_array_equal(batch["time"][0][:, 1], slots)
+
+
+def test_a_day_of_the_week_that_training_never_saw_is_taken_for_one_of_its_kind() -> None:
+    thursday_to_monday = {3, 4, 5, 6, 0}
+    assert stand_ins(thursday_to_monday) == [0, 0, 0, 3, 4, 5, 6]
+    assert stand_ins(range(5)) == [0, 1, 2, 3, 4, 4, 4]
+    assert stand_ins([6]) == [6] * 7
+
+
+def test_only_days_of_the_training_part_reach_the_model(tmp_path: Path) -> None:
+    data = make_data(tmp_path, make_series(steps=288 * 5), batch_size=64)
+    training = {int(day) for batch in data.train_dataloader() for day in batch["time"][..., 0].flatten()}
+    tested = {int(day) for batch in data.test_dataloader() for day in batch["time"][..., 0].flatten()}
+    raw = set(data.series.time_features()[:, 0].tolist())
+    assert tested <= training < raw
 
 
 def test_targets_are_finite_where_readings_are_nan(tmp_path: Path) -> None:

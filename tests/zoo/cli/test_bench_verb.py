@@ -41,7 +41,7 @@ def test_help_shows_examples() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "Say which domain, for example domain=traffic"),
+        ([], "Choose a domain: zoo bench domain=traffic"),
         (["domain=traffic", "repeat=3"], "Unknown key 'repeat'. Did you mean 'repeats'"),
         (["domain=traffic", "model=gmann"], "no model=gmann. Did you mean 'gman'"),
     ],
