@@ -45,8 +45,9 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
     groups = _groups()
     _check_groups(parsed, groups)
     if verb in NEEDS_DOMAIN and not any(o.key_or_group == "domain" and o.value() for o in parsed):
+        domains = groups["domain"]
         raise ConfigError(
-            f"Choose a domain: zoo {verb} domain={groups['domain'][0]} ... Domains: {', '.join(groups['domain'])}."
+            f"Choose a domain: zoo {verb} domain={domains[0]} ... Domains: {', '.join(domains)}."
         )
     chosen = [o.input_line or "" for o in parsed if _is_group(o, groups)]
     base = _hydra(verb, chosen)

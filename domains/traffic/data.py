@@ -140,8 +140,8 @@ class Preprocessing:
 
 
 def stand_ins(seen: Collection[int]) -> list[int]:
-    """For each day of the week (Monday = 0) the latest `seen` one up to it, of its kind (working day or weekend)
-    if there is any: what a model was never trained on would mean nothing to it."""
+    """For each day of the week (Monday = 0) the latest `seen` one up to it, of its kind (working day or
+    weekend) if there is any: what a model was never trained on would mean nothing to it."""
 
     def apart(day: int, other: int) -> tuple[bool, int]:
         return (day > 4) != (other > 4), (day - other) % 7
@@ -464,7 +464,9 @@ class TrafficData(DataModule):
             log.warning(
                 "%s: days of the week that the training part does not have: %s.",
                 self.series.source,
-                ", ".join(f"{DAYS[day]} (taken for {DAYS[self.preprocessing.weekdays[day]]})" for day in unseen),
+                ", ".join(
+                    f"{DAYS[day]} (taken for {DAYS[self.preprocessing.weekdays[day]]})" for day in unseen
+                ),
             )
 
     def _report_missing(self, target: np.ndarray) -> None:

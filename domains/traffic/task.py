@@ -74,8 +74,12 @@ class TrafficTask(Task):
             raise CheckpointError(f"{source} belongs to other sensors: {_difference(trained, given)}")
 
     @staticmethod
+    def data_options(facts: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: facts["preprocessing"][name] for name in ("missing", "fill", "null_value")}
+
+    @staticmethod
     def prepare(facts: Mapping[str, Any], data: TrafficData) -> None:
-        """Scale and date the inputs of `data` as those that the weights stored with `facts` were trained on."""
+        """Scale and date the inputs of `data` as those that weights stored with `facts` were trained on."""
         stored = Preprocessing(**facts["preprocessing"])
         if stored != data.preprocessing:
             channels = [data.series.channels.index(name) for name in stored.channels]

@@ -93,7 +93,11 @@ def finetune(cfg: DictConfig) -> RunResult | None:
     if not cfg.get("data"):
         raise ConfigError("zoo finetune needs data to train on, for example data=metr_la data.path=FILE.")
     built = meta["model"]
-    chosen = {"model": {"name": built["name"], **built["config"]}, "domain": {"name": built["domain"]}}
+    chosen = {
+        "model": {"name": built["name"], **built["config"]},
+        "domain": {"name": built["domain"]},
+        "data": get_domain(built["domain"]).load("task").data_options(meta["extra"]),
+    }
     return train(cast(DictConfig, OmegaConf.merge(OmegaConf.create(dict(cfg)), chosen)))
 
 

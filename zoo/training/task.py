@@ -90,6 +90,11 @@ class Task(pl.LightningModule):
         """
         raise NotImplementedError
 
+    @staticmethod
+    def data_options(facts: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the data module that make inputs such as the weights stored with `facts` take."""
+        return {}
+
     def metrics(self, stage: str) -> dict[str, Tensor]:
         """The metrics of the epoch that ends, by name, reset afterwards."""
         return {}

@@ -16,7 +16,14 @@ from zoo.cli import app
 from zoo.errors import CheckpointError, ConfigError, ZooError
 from zoo.weights.checkpoint import load_model, read_checkpoint
 
-SMALL = ("model.head_dim=2", "model.num_heads=2", "trainer.max_epochs=2", "data.batch_size=64", "plots=false")
+SMALL = (
+    "model=gman",
+    "model.head_dim=2",
+    "model.num_heads=2",
+    "trainer.max_epochs=2",
+    "data.batch_size=64",
+    "plots=false",
+)
 QUIET = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "logger.tensorboard=false")
 
 
@@ -242,3 +249,18 @@ def test_finetune_mistakes_are_named(override: str, message: str, run: Path, fil
     given = [f"checkpoint={run}"] if "checkpoint" not in override else []
     with pytest.raises(ZooError, match=message):
         zoo("finetune", *small(files), *given, override)
+
+
+def test_finetune_makes_the_inputs_that_the_weights_take(files: Path, tmp_path: Path) -> None:
+    model = ("model=stid", "model.num_layers=1", "data.missing=mask", "data.fill=forward")
+    short = ("trainer.max_epochs=1", "data.batch_size=64", "plots=false", *QUIET)
+    zoo("train", "domain=traffic", *small(files), *model, *short, f"run_dir={tmp_path / 'first'}")
+    zoo(
+        "finetune",
+        f"checkpoint={tmp_path / 'first'}",
+        *small(files),
+        *short,
+        f"run_dir={tmp_path / 'second'}",
+    )
+    stored = read_checkpoint(tmp_path / "second" / "model.safetensors")[1]["extra"]["preprocessing"]
+    assert (stored["missing"], stored["fill"]) == ("mask", "forward")
