@@ -30,6 +30,9 @@ OPTIONAL = {
 }
 """Keys that only some choices of a section have; the object built from the section checks them."""
 
+UNCHECKED = ("trainer.devices",)
+"""Keys of several kinds (a number, a list, "auto"), checked by what takes them."""
+
 
 def compose(verb: str, overrides: list[str]) -> DictConfig:
     """The resolved config of `zoo VERB OVERRIDES...`: `configs/VERB.yaml`, its groups, then the overrides.
@@ -142,17 +145,18 @@ def _leaves(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def _check_kind(key: str, old: Any, new: Any) -> None:
-    """Numbers stay numbers, switches stay switches; null and a first value for null are always allowed."""
-    if old is None or new is None or (isinstance(new, str) and "${" in new):
+    """Numbers stay numbers, counts counts, switches switches; null and a first value for null are allowed."""
+    if old is None or new is None or key in UNCHECKED or (isinstance(new, str) and "${" in new):
         return
     kinds: list[tuple[str, Any]] = [
         ("true or false", bool),
+        ("a whole number", int),
         ("a number", (int, float)),
         ("a list", (list, ListConfig)),
     ]
     for label, kind in kinds:
         if isinstance(old, kind):
-            if not isinstance(new, kind) or (label == "a number" and isinstance(new, bool)):
+            if not isinstance(new, kind) or ("number" in label and isinstance(new, bool)):
                 raise ConfigError(f"{key} takes {label}, got {new!r}.")
             return
 

@@ -366,7 +366,11 @@ def _build(entry: _Entry, config: dict[str, Any]) -> nn.Module:
     name, needed = entry.card.name, _needed(entry, config)
     if needed:
         raise ConfigError(f"Model {name!r} needs {', '.join(needed)}, for example {needed[0]}=...")
-    model = entry.builder(**config)
+    try:
+        model = entry.builder(**config)
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in config.items())
+        raise ConfigError(f"Model {name!r} cannot be built with {given}: {error}") from error
     model.__dict__["zoo_config"] = {"name": name, "domain": entry.card.domain, "config": config}
     return model
 

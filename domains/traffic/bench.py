@@ -140,10 +140,16 @@ def plain_peer(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: there is none for this model.
     """
-    if not isinstance(model, GMAN) or model.variant != "original" or model.spatial_groups:
+    if (
+        not isinstance(model, GMAN)
+        or model.variant != "original"
+        or model.spatial_groups
+        or model.from_last
+        or not model.norm
+    ):
         raise ConfigError(
             f"This {type(model).__name__} has no plain peer to be timed against. "
-            "Models with one: gman, gman_metr_la, gman_paper, without spatial_groups."
+            "Models with one: gman, gman_metr_la, gman_paper; with norm, without spatial_groups, from_last."
         )
     built: dict[str, Any] = model.__dict__["zoo_config"]
     options = {key: p.default for key, p in model_signature(built["name"]).items()} | built["config"]

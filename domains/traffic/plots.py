@@ -74,7 +74,7 @@ def draw_results(task: TrafficTask, data: TrafficData, results: Mapping[str, Any
     if (folder.parent / "metrics.csv").is_file():
         training_curve(folder.parent / "metrics.csv", folder / "training.png")
     forecast, truth = _tiled_forecasts(task, data)
-    errors = np.nanmean(np.abs(forecast - truth), axis=(0, 1))
+    errors = np.ma.masked_invalid(np.abs(forecast - truth)).mean((0, 1)).filled(np.nan)
     window = _liveliest(truth)
     now = int(data.test_set.starts[window * data.horizon]) + data.history
     rows = slice(max(0, now - 3 * data.history), now)

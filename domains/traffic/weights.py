@@ -37,6 +37,8 @@ def _gman_layers(model: nn.Module, port: bool) -> Iterator[_Layer]:
         raise CheckpointError(
             "Neither official program of GMAN has group spatial attention (spatial_groups)."
         )
+    if model.from_last:
+        raise CheckpointError("Neither official program of GMAN forecasts changes (from_last).")
 
     def pair(module: str, official: str, first: str = "0", second: str = "1") -> Iterator[_Layer]:
         yield _Layer(f"{module}.{first}", f"{official}.convs.0")

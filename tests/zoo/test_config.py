@@ -49,6 +49,14 @@ def test_a_constructor_argument_that_the_configs_do_not_list_is_accepted() -> No
     assert compose("train", ["domain=traffic", "data.num_workers=1"]).data.num_workers == 1
 
 
+@pytest.mark.parametrize("devices", ["auto", "[0,1]", "2"])
+def test_devices_are_whatever_lightning_takes(devices: str) -> None:
+    assert str(compose("train", ["domain=traffic", f"trainer.devices={devices}"]).trainer.devices) in (
+        devices,
+        "[0, 1]",
+    )
+
+
 @pytest.mark.parametrize("verb", ["train", "bench"])
 def test_a_verb_that_starts_from_nothing_asks_for_the_domain(verb: str) -> None:
     with pytest.raises(ConfigError, match="domain=traffic"):
@@ -68,6 +76,8 @@ def test_a_verb_that_starts_from_nothing_asks_for_the_domain(verb: str) -> None:
         ("data.pth=x", "data.path"),
         ("trainer.max_epochs=many", "number"),
         ("plots=7", "true or false"),
+        ("data.history=1.5", "whole number"),
+        ("data.batch_size=true", "whole number"),
         ("max epochs", "key=value"),
         ("seed=1,2", "several values"),
     ],

@@ -154,6 +154,8 @@ def _build(cfg: DictConfig, resumed: Path | None) -> tuple[DataModule, Task]:
 def _trainer(cfg: DictConfig, folder: Path, checkpoints: Checkpoints) -> pl.Trainer:
     options = dict(cfg.trainer)
     max_steps = options.pop("max_steps", -1)
+    if 0 in (max_steps, options.get("max_epochs")):
+        raise ConfigError("trainer.max_epochs and trainer.max_steps must be at least 1, or -1 for no limit.")
     if max_steps > 0 and options.get("max_epochs") is None:
         options["max_epochs"] = -1
     callbacks: list[Callback] = [

@@ -3,8 +3,7 @@
 Shapes: B windows, P steps of history, Q steps of horizon, S = P or Q, N sensors, K heads of width d, D = K d.
 
 The spatio-temporal embedding of sensor n at step t is a sum `space[n] + time[t]`, and so is every linear map
-of
-it: nothing of size `[B, S, N, D]` is ever formed for the embedding.
+of it: nothing of size `[B, S, N, D]` is ever formed for the embedding.
 """
 
 from __future__ import annotations
@@ -120,16 +119,34 @@ class SpatioTemporalEmbedding(nn.Module):
 
     spatial_embedding: Tensor
 
-    def __init__(self, num_nodes: int, dim: int, steps_per_day: int, program: Program) -> None:
+    def __init__(
+        self, num_nodes: int, dim: int, steps_per_day: int, program: Program, smooth_time: bool
+    ) -> None:
         super().__init__()
         self.register_buffer("spatial_embedding", torch.randn(num_nodes, dim))
         self.space = nn.Sequential(program.dense(dim, dim, relu=True), program.dense(dim, dim, relu=False))
         slots = TimeLinear(7 + steps_per_day, dim, norm=program.norm)
         self.time = nn.Sequential(slots, program.dense(dim, dim, relu=False))
+        if smooth_time:
+            with torch.no_grad():
+                slots.weight[:, 7:] = daily_waves(dim, steps_per_day)
 
     def forward(self, time: Tensor) -> Embedding:
         """time int64 `[B, S, 2]`"""
         return Embedding(self.space(self.spatial_embedding), self.time(time))
+
+
+def daily_waves(dim: int, steps_per_day: int) -> Tensor:
+    """`[dim, steps_per_day]`: sines of the time of day, each frequency in four phases.
+
+    Frequencies rise geometrically from once a day to once in six steps. Of opposite phases one passes where a
+    ReLU cuts the other off.
+    """
+    wave = torch.arange(dim)
+    level = (wave // 4) / max(1, (dim - 1) // 4)
+    frequency = (max(1.0, steps_per_day / 6) ** level).round()
+    day = torch.arange(steps_per_day) / steps_per_day
+    return torch.sin(2 * torch.pi * (frequency[:, None] * day + (wave % 4)[:, None] / 4))
 
 
 class SpatialAttention(nn.Module):
@@ -305,8 +322,11 @@ class GMAN(nn.Module):
         spatial_groups: attend over the sensors within this many random groups and between the groups instead
             of all to all, for large N; 0 for all to all, as both programs do.
         group_seed: draws the groups.
-        add_last: forecast the difference to the last reading (first channel), which helps when data are few;
-            neither program does.
+        from_last: see the readings (first channel) also as changes since the last one, and forecast the
+            change since the last one. GMAN itself knows how old a reading is by its time slot alone, which
+            takes months of data to learn; neither program does this.
+        smooth_time: start the embedding of the time slots from sines of the time of day, so that neighbouring
+            slots are alike, not from random numbers; for data of weeks.
         variant: `"original"`, or `"port"` for the PyTorch port that the authors name: another function, see
             `gman_port`.
 
@@ -334,7 +354,8 @@ class GMAN(nn.Module):
         norm_decay_epochs: float = 5.0,
         spatial_groups: int = 0,
         group_seed: int = 0,
-        add_last: bool = False,
+        from_last: bool = False,
+        smooth_time: bool = False,
         variant: Literal["original", "port"] = "original",
     ) -> None:
         super().__init__()
@@ -352,7 +373,8 @@ class GMAN(nn.Module):
         self.history = history
         self.horizon = horizon
         self.variant = variant
-        self.add_last = add_last
+        self.from_last = from_last
+        self.norm = norm
         self.norm_decay_epochs = norm_decay_epochs
         dim = num_heads * head_dim
         port = variant == "port"
@@ -370,9 +392,9 @@ class GMAN(nn.Module):
             temporal = TemporalAttention(num_heads, head_dim, program, causal)
             return Block(spatial(), temporal, GatedFusion(dim, program))
 
-        self.embedding = SpatioTemporalEmbedding(num_nodes, dim, steps_per_day, program)
+        self.embedding = SpatioTemporalEmbedding(num_nodes, dim, steps_per_day, program, smooth_time)
         self.input = nn.Sequential(
-            program.dense(in_channels, dim, relu=True), program.dense(dim, dim, relu=False)
+            program.dense(in_channels + from_last, dim, relu=True), program.dense(dim, dim, relu=False)
         )
         self.encoder = nn.ModuleList(block() for _ in range(num_layers))
         self.transform = TransformAttention(num_heads, head_dim, program)
@@ -383,7 +405,7 @@ class GMAN(nn.Module):
             nn.Dropout(dropout),
             program.dense(dim, 1, relu=False),
         )
-        if add_last:  # start from the last reading itself
+        if from_last:  # start from the last reading itself
             nn.init.zeros_(self.output[-1].weight)  # type: ignore[union-attr]
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -392,14 +414,15 @@ class GMAN(nn.Module):
         check_window(self, x, time)
         embedding = self.embedding(time)
         past, future = embedding.steps(0, self.history), embedding.steps(self.history, None)
-        h = self.input(x)
+        last = x[:, -1:, :, :1]
+        h = self.input(torch.cat([x, x[..., :1] - last], -1) if self.from_last else x)
         for block in self.encoder:
             h = block(h, past)
         h = self.transform(h, past, future)
         for block in self.decoder:
             h = block(h, future)
-        forecast = self.output(h).squeeze(-1)
-        return forecast + x[:, -1:, :, 0] if self.add_last else forecast
+        forecast = self.output(h)
+        return (forecast + last if self.from_last else forecast).squeeze(-1)
 
     def bind(self, graph: SensorGraph) -> None:
         """Take the spatial embedding of a sensor graph."""

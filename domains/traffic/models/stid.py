@@ -93,8 +93,8 @@ _register = partial(
     model=STID,
     paper="Shao et al., Spatial-Temporal Identity: A Simple yet Effective Baseline for Multivariate Time "
     "Series Forecasting, CIKM 2022",
-    licence="Apache-2.0",
-    source="https://github.com/zezhishao/STID",
+    licence="not verified",
+    source="https://github.com/GestaltCogTeam/STID",
     status="re-implementation",
     preprocessing={"scaling": "z-score by the mean and std of the training windows", "missing": "zero"},
 )

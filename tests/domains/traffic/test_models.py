@@ -15,7 +15,7 @@ N, P, Q, DAY = 7, 6, 4, 24
 SIZES = {"num_nodes": N, "history": P, "horizon": Q, "steps_per_day": DAY}
 SMALL = {
     "gman": {"num_heads": 2, "head_dim": 4},
-    "gman_metr_la": {"num_heads": 2, "head_dim": 4, "num_layers": 2},
+    "gman_metr_la": {"num_heads": 2, "head_dim": 4, "num_layers": 2, "from_last": True, "smooth_time": True},
     "gman_paper": {"num_heads": 2, "head_dim": 4, "num_layers": 1, "spatial_groups": 3},
     "gman_port": {"num_heads": 3, "head_dim": 3},
     "st_llm": {"width": 24, "num_heads": 2, "llm_layers": 2, "trainable_layers": None, "max_positions": 9},
@@ -26,7 +26,7 @@ ALL = pytest.mark.parametrize("name", SMALL)
 
 
 def build(name: str, **overrides) -> nn.Module:
-    return zoo.create_model(name, **SIZES, **(SMALL[name] | overrides))
+    return zoo.create_model(name, **(SIZES | SMALL[name] | overrides))
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -181,6 +181,12 @@ def test_groups_exchange_something_and_are_not_more_than_sensors() -> None:
         build("gman", spatial_groups=N + 1)
 
 
+@pytest.mark.parametrize("option", [{"head_dim": 0}, {"head_dim": -1}, {"dropout": 3.0}])
+def test_impossible_sizes_are_a_message(option: dict) -> None:
+    with pytest.raises(ConfigError, match=f"'gman' cannot be built with .*{next(iter(option))}="):
+        build("gman", **option)
+
+
 def test_port_refuses_heads_it_is_not_defined_for() -> None:
     with pytest.raises(ConfigError, match="num_heads = head_dim"):
         build("gman_port", num_heads=2, head_dim=4)
@@ -196,6 +202,27 @@ def test_frozen_weights_stay_bit_identical() -> None:
         same = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
         assert {n for n in before if frozen in n.split(".")} <= same
         assert not any("norm" in n or "ln_" in n for n in same)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_gman_from_last_starts_at_the_last_reading_of_the_first_channel(channels: int) -> None:
+    model = build("gman", from_last=True, in_channels=channels)
+    x, time = window(channels=channels)
+    torch.testing.assert_close(model(x, time), x[:, -1:, :, 0].expand(-1, Q, -1))
+
+
+def test_smooth_time_makes_neighbouring_slots_alike_and_every_slot_its_own() -> None:
+    wide = {"steps_per_day": 288, "num_heads": 4, "head_dim": 8}
+    smooth, random = (
+        build("gman", smooth_time=flag, **wide).embedding.time[0].weight[:, 7:].detach()
+        for flag in (True, False)
+    )
+    distance = torch.cdist(smooth.T, smooth.T)
+    assert distance.diagonal(1).max() < distance.diagonal(3).min() < distance.diagonal(144).min()
+    assert (distance + torch.eye(288)).min() > 0.1
+    assert distance.diagonal(1).mean() < 0.5 * distance.mean()
+    distance = torch.cdist(random.T, random.T)
+    assert distance.diagonal(1).mean() > 0.9 * distance.mean()
 
 
 def test_stid_adds_the_last_reading() -> None:

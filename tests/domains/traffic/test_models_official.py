@@ -54,9 +54,10 @@ def test_optimizer_slots_of_tensorflow_are_ignored_and_other_leftovers_are_not()
         zoo.from_official("gman", official, **OFFICIAL["gman"], temporal_maks=True)
 
 
-def test_groups_have_no_official_layout() -> None:
-    model = zoo.create_model("gman", **OURS["gman"], spatial_groups=2)
-    with pytest.raises(CheckpointError, match="group"):
+@pytest.mark.parametrize("option", [{"spatial_groups": 2}, {"from_last": True}])
+def test_what_no_official_program_has_no_official_layout_holds(option: dict) -> None:
+    model = zoo.create_model("gman", **OURS["gman"], **option)
+    with pytest.raises(CheckpointError, match=next(iter(option))):
         zoo.to_official(model)
 
 

@@ -39,6 +39,13 @@ def test_infinite_input_stops_with_its_step(tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in weights.values())
 
 
+@pytest.mark.parametrize("key", ["max_epochs", "max_steps"])
+def test_training_of_no_length_is_refused_before_the_folder_is_made(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        train(toy.config(tmp_path / "run", f"trainer.{key}=0"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_out_of_memory_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = toy.ToyTask.training_step
 
