@@ -173,6 +173,10 @@ def _accepted(parent: str, base: DictConfig) -> list[str]:
         from zoo.registry import model_signature
 
         return ["pretrained", *model_signature(base.model.name)]
+    if parent.startswith("model.") and parent.endswith("attention"):
+        from zoo.attention.layers import LAYERS, layer_options
+
+        return ["name", *sorted({option for layer in LAYERS.values() for option in layer_options(layer)})]
     if parent == "data" and OmegaConf.select(base, "domain.name"):
         from zoo.registry import get_domain
 

@@ -245,7 +245,12 @@ def model_signature(name: str) -> dict[str, inspect.Parameter]:
 
 def argument_docs(name: str) -> dict[str, str]:
     """What each constructor argument of a model means, from the `Args:` section of its class's docstring."""
-    docstring = inspect.getdoc(_find(name).model) or ""
+    return documented(_find(name).model)
+
+
+def documented(thing: Any) -> dict[str, str]:
+    """The entries of the `Args:` section of a docstring."""
+    docstring = inspect.getdoc(thing) or ""
     section = re.search(r"(?ms)^Args:\n(.*?)(?=^\S|\Z)", docstring)
     docs = {}
     for keys, text in re.findall(r"(?m)^    (\w[\w, ]*): (.*(?:\n {5,}.*)*)", section[1] if section else ""):

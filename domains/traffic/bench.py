@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from domains.traffic.losses import build_loss
 from domains.traffic.models.gman import GMAN
 from zoo.bench.compare import Job, compare, scaling
-from zoo.bench.machine import machine
+from zoo.bench.machine import chosen_device, machine
 from zoo.bench.peer import load_peer
 from zoo.bench.report import Curve, Report, Row
 from zoo.bench.timing import Call, pinned
@@ -61,7 +61,7 @@ def bench(cfg: DictConfig) -> Report:
         ConfigError: the model has no peer, or an unknown variant or device is asked for.
         ZooError: the model and its peer do not compute the same.
     """
-    device = _device(cfg.device)
+    device = chosen_device(cfg.device)
     variants = cfg.variants or (list(TOLERANCES) if device.type == "cuda" else ["float32"])
     for variant in variants:
         if variant not in TOLERANCES:
@@ -80,7 +80,7 @@ def bench(cfg: DictConfig) -> Report:
             machine=machine(device),
             rows=tuple(rows),
             curves=tuple(curves),
-            size_name="sensors",
+            growth_name="Training step over the number of sensors",
         )
 
 
@@ -140,16 +140,10 @@ def plain_peer(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: there is none for this model.
     """
-    if (
-        not isinstance(model, GMAN)
-        or model.variant != "original"
-        or model.spatial_groups
-        or model.from_last
-        or not model.norm
-    ):
+    if not isinstance(model, GMAN) or model.variant != "original" or model.unpublished or not model.norm:
         raise ConfigError(
             f"This {type(model).__name__} has no plain peer to be timed against. "
-            "Models with one: gman, gman_metr_la, gman_paper; with norm, without spatial_groups, from_last."
+            "Models with one: gman, gman_metr_la, gman_paper, as published and with norm."
         )
     built: dict[str, Any] = model.__dict__["zoo_config"]
     options = {key: p.default for key, p in model_signature(built["name"]).items()} | built["config"]
@@ -205,16 +199,6 @@ def best_groups(num_nodes: int) -> int:
 
 
 # ---- what the config says ----------------------------------------------------------------------------------
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name} is not known. Options: auto, cpu, cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch finds no GPU here. Options: auto, cpu.")
-    return torch.device(name)
 
 
 def _build(cfg: DictConfig, num_nodes: int, device: torch.device, **more: Any) -> nn.Module:

@@ -33,12 +33,8 @@ class _Layer(NamedTuple):
 
 def _gman_layers(model: nn.Module, port: bool) -> Iterator[_Layer]:
     """The layers in the order in which the original creates them, with the port's names."""
-    if model.spatial_groups:
-        raise CheckpointError(
-            "Neither official program of GMAN has group spatial attention (spatial_groups)."
-        )
-    if model.from_last:
-        raise CheckpointError("Neither official program of GMAN forecasts changes (from_last).")
+    if model.unpublished:
+        raise CheckpointError(f"Neither official program of GMAN has {', '.join(model.unpublished)}.")  # type: ignore[arg-type]
 
     def pair(module: str, official: str, first: str = "0", second: str = "1") -> Iterator[_Layer]:
         yield _Layer(f"{module}.{first}", f"{official}.convs.0")
@@ -356,6 +352,8 @@ _ST_LLM_CONVOLUTIONS = {"start_conv": "tokens.value", "feature_fusion": "fusion"
 
 
 def _st_llm_names(model: nn.Module) -> dict[str, str]:
+    if model.attention:
+        raise CheckpointError("The official ST-LLM has the attention of GPT-2: leave out `attention`.")
     names = {
         "Temb.time_day": "tokens.time_of_day",
         "Temb.time_week": "tokens.day_of_week",

@@ -97,10 +97,12 @@ class Fixture:
         return None
 
     def _tolerance(self, name: str) -> tuple[float, float]:
-        """Absolute and relative; gradients may have their own."""
+        """Absolute and relative; outputs, losses and gradients may each have their own."""
         given = self.spec["tolerance"]
+        if (own := given.get(name.partition("/")[0])) is not None:
+            return own.get("atol", 0.0), own.get("rtol", 0.0)
         kind = "grad_" if name.startswith("grad/") and "grad_atol" in given else ""
-        return given[f"{kind}atol"], given[f"{kind}rtol"]
+        return given[f"{kind}atol"], given.get(f"{kind}rtol", 0.0)
 
 
 def drawn(name: str, shape: tuple[int, ...], gain: float) -> np.ndarray:
@@ -132,15 +134,15 @@ def subsampled(full: Tensor, rule: str, shape: tuple[int, ...]) -> Tensor:
     return fitting[0] if fitting else parts[0]
 
 
-def fixtures() -> list[Fixture]:
+def fixtures(domain: str = "*") -> list[Fixture]:
     """All that are found; a bundled one gives way to one of the same name in the external folder."""
-    found = {fixture.id: fixture for folder in (BUNDLED, EXTERNAL) for fixture in _in(folder)}
+    found = {fixture.id: fixture for folder in (BUNDLED, EXTERNAL) for fixture in _in(folder, domain)}
     return [found[name] for name in sorted(found)]
 
 
-def _in(folder: Path) -> Iterator[Fixture]:
+def _in(folder: Path, domain: str) -> Iterator[Fixture]:
     if folder.is_dir():
-        yield from (Fixture(path) for path in folder.glob("*/*.json"))
+        yield from (Fixture(path) for path in folder.glob(f"{domain}/*.json"))
 
 
 def official_gradients(model: torch.nn.Module) -> dict[str, Tensor]:

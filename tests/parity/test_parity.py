@@ -12,11 +12,23 @@ import importlib.util
 import pytest
 
 from parity.fixture import EXTERNAL, Fixture, NoAdapter, fixtures
+from zoo.attention import backend
 
 
 @pytest.mark.parametrize("fixture", fixtures(), ids=lambda fixture: fixture.id)
 def test_parity(fixture: Fixture) -> None:
     """Every stored output, loss and gradient, at the fixture's tolerance; none may be passed over."""
+    compare(fixture)
+
+
+@pytest.mark.parametrize("name", ["reference", "blocked"])
+@pytest.mark.parametrize("fixture", fixtures("core"), ids=lambda fixture: fixture.id)
+def test_parity_of_the_core_on_other_backends(fixture: Fixture, name: str) -> None:
+    with backend(name):
+        compare(fixture)
+
+
+def compare(fixture: Fixture) -> None:
     if importlib.util.find_spec(f"parity.adapters.{fixture.domain}") is None:
         pytest.skip(f"no adapter for domain {fixture.domain!r}")
     adapter = importlib.import_module(f"parity.adapters.{fixture.domain}")

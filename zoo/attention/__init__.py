@@ -1,4 +1,4 @@
-"""The attention core: `attend`, its patterns, kernels and backends, rotary positions, capture of maps."""
+"""The attention core: eight primitives under every mechanism; `zoo.attention.layers` builds on them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from zoo.attention.attend import attend
 from zoo.attention.backends import backend
 from zoo.attention.capture import AttentionMap, capture
 from zoo.attention.errors import AttentionError
+from zoo.attention.heads import expand
 from zoo.attention.kernels import TopKSoftmax, softmax
+from zoo.attention.merge import merge, sink
+from zoo.attention.neighbourhood import Neighbourhood, ShiftedWindows
 from zoo.attention.packed import Groups, Neighbours
 from zoo.attention.patterns import Causal, Dense, EqualGroups, Padding, Pattern, Window
 from zoo.attention.rotary import rotary, rotary_tables
+from zoo.attention.scan import scan
+from zoo.attention.select import attend_blocks, gather_blocks, select
 
 __all__ = [
     "AttentionError",
@@ -18,15 +23,24 @@ __all__ = [
     "Dense",
     "EqualGroups",
     "Groups",
+    "Neighbourhood",
     "Neighbours",
     "Padding",
     "Pattern",
+    "ShiftedWindows",
     "TopKSoftmax",
     "Window",
     "attend",
+    "attend_blocks",
     "backend",
     "capture",
+    "expand",
+    "gather_blocks",
+    "merge",
     "rotary",
     "rotary_tables",
+    "scan",
+    "select",
+    "sink",
     "softmax",
 ]

@@ -109,6 +109,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | Non
         raise AttentionError(f"q, k, v are (B, H, N, D), not {_shape(q)}, {_shape(k)}, {_shape(v)}")
     if not q.dtype == k.dtype == v.dtype:
         raise AttentionError(f"q, k, v have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.is_floating_point():
+        raise AttentionError(f"q, k, v are floating point, not {q.dtype}")
     batch, heads, nq, width = q.shape
     nk = k.shape[2]
     if k.shape[0] != batch or k.shape[:3] != v.shape[:3]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from zoo.errors import ZooError
 
-class AttentionError(ValueError):
+
+class AttentionError(ZooError, ValueError):
     """Tensors, pattern, kernel and backend that do not fit together; the message says which and why."""

@@ -47,7 +47,7 @@ class Packed(Pattern):
         tiles = []
         for bucket in self._batched(len(q) // self.tokens):
             i, j = (torch.where(at < 0, -1, at % self.tokens) for at in (bucket.queries, bucket.keys))
-            index = Index(bucket.queries[:, :1] // self.tokens, i, j)
+            index = Index(bucket.queries.amax(1, keepdim=True) // self.tokens, i, j)
             rows = _gather(q, bucket.queries), _gather(k, bucket.keys), _gather(v, bucket.keys)
             tiles.append(Tile(*rows, index, bucket.ragged))
         return tiles

@@ -112,7 +112,9 @@ class Causal(Pattern):
     Cross lengths are aligned bottom-right: the last query sees the last key (SDPA aligns top-left).
     """
 
-    def rule(self, nq: int, nk: int) -> Rule:
+    def rule(self, nq: int, nk: int) -> Rule | None:
+        if nq == 1:
+            return None
         return lambda b, h, i, j: j <= i + (nk - nq)
 
     def __repr__(self) -> str:
@@ -190,16 +192,23 @@ class Window(Pattern):
         batch, nq, nk = q.shape[0], q.shape[2], k.shape[2]
         block = self._block(nq)
         blocks = -(-nq // block)
-        rest = blocks * block - nq
         index = self._index(batch, nq, nk, block, q.device)
+        at = index.j[:blocks].clamp(min=0).flatten()
 
         def spans(x: Tensor) -> Tensor:
-            x = F.pad(x.transpose(1, 2), (0, 0, 0, 0, self.left, rest + self.right))[:, nk - nq :]
-            x = x.unfold(1, block + self.left + self.right, block)  # (B, blocks, Hk, D, nk)
-            return x.flatten(0, 1).transpose(2, 3)
+            x = x.transpose(1, 2).index_select(1, at)  # its backward is faster than that of `unfold`
+            return x.unflatten(1, (blocks, -1)).flatten(0, 1).transpose(1, 2)
 
-        rows = F.pad(q.transpose(1, 2), (0, 0, 0, 0, 0, rest)).unflatten(1, (blocks, block))
+        rows = F.pad(q.transpose(1, 2), (0, 0, 0, 0, 0, blocks * block - nq)).unflatten(1, (blocks, block))
         return [Tile(rows.flatten(0, 1).transpose(1, 2), spans(k), spans(v), index, ragged=True)]
+
+    def tile_mask(self, tile: Tile, batch: int, nq: int, nk: int) -> Tensor:
+        assert tile.index is not None
+        _, i, j = tile.index
+        # The key in column c of a tile stands `c - r - left` places after the query in row r.
+        ahead = torch.arange(j.shape[1], device=j.device) - torch.arange(i.shape[1], device=j.device)[:, None]
+        band = (ahead >= 0) & (ahead < self.size)
+        return (band & (j >= 0)[:, None])[:, None]
 
     def join(self, parts: list[Tensor], batch: int, nq: int) -> Tensor:
         rows = parts[0].transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
@@ -274,8 +283,14 @@ class Both(Pattern):
     def rule(self, nq: int, nk: int) -> Rule | None:
         return _conjunction(self.leader.rule(nq, nk), self.other.rule(nq, nk))
 
-    def tile_rule(self, nq: int, nk: int) -> Rule | None:
-        return _conjunction(self.leader.tile_rule(nq, nk), self.other.rule(nq, nk))
+    def tile_mask(self, tile: Tile, batch: int, nq: int, nk: int) -> Tensor | None:
+        if tile.index is None:
+            return self.mask(batch, nq, nk, tile.q.device)
+        first, rule = self.leader.tile_mask(tile, batch, nq, nk), self.other.rule(nq, nk)
+        if rule is None:
+            return first
+        allowed = tile.index.allowed(rule)
+        return allowed if first is None else allowed & first
 
     def cut(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tile]:
         return self.leader.cut(q, k, v)

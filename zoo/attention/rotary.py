@@ -40,7 +40,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         raise AttentionError(f"rotary tables turn {width} channels, but a head has {x.shape[-1]}")
     if cos.ndim > 1 and cos.shape[-2] not in (1, x.shape[-2]):
         raise AttentionError(f"rotary tables hold {cos.shape[-2]} positions, the tokens are {x.shape[-2]}")
-    turned, passed = x[..., :width].to(cos.dtype), x[..., width:]
+    turned, passed = x[..., :width].to(torch.promote_types(x.dtype, cos.dtype)), x[..., width:]
     if interleaved:
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:

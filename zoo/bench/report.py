@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -30,6 +31,8 @@ class Row:
     peer_bytes: int
     difference: float
     """Largest relative difference of the results."""
+    target: float | None = None
+    """Times faster than the peer that is asked for."""
 
     @property
     def speed(self) -> Ratio:
@@ -80,7 +83,7 @@ class Report:
     machine: dict[str, Any]
     rows: tuple[Row, ...]
     curves: tuple[Curve, ...] = field(default=())
-    size_name: str = "size"
+    growth_name: str = "Cost over sizes"
 
     def write(self, path: Path) -> None:
         """Store everything, every round included, as JSON."""
@@ -96,39 +99,42 @@ class Report:
             file.write("\n")
 
     def __rich__(self) -> RenderableType:
-        tables = [self._row_table()]
-        if self.curves:
-            tables.append(self._curve_table())
-        return Group(*tables)
+        tables = [self._row_table()] if self.rows else []
+        return Group(*tables, *([self._curve_table()] if self.curves else []))
 
     def _row_table(self) -> Table:
-        where = self.machine.get("gpu", f"{self.machine['cpu']}, {self.machine['threads']} threads")
-        table = Table(title=f"{self.title}\n{where}, torch {self.machine['torch']}")
-        table.add_column("", no_wrap=True)
-        for heading in ("zoo ms", "peer ms", "faster", "zoo/peer MiB", "memory", "differ"):
-            table.add_column(heading, justify="right")
+        where = self.machine.get("gpu", f"{self.machine['cpu']}, threads: {self.machine['threads']}")
+        worst = max(row.difference for row in self.rows)
+        table = _plain_table(f"{self.title}\n{where}, torch {self.machine['torch']}")
+        for heading in ("zoo ms", "peer ms", "faster", "memory"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(
                 row.name,
                 _milliseconds(row.ours),
                 _milliseconds(row.peer),
-                f"{row.speed.value:.2f}x\n[dim]{row.speed.low:.1f}-{row.speed.high:.1f}[/]",
-                f"{row.ours_bytes / MIB:.0f}/{row.peer_bytes / MIB:.0f}",
-                f"{row.memory:.2f}x",
-                f"{row.difference:.0e}",
+                _faster(row),
+                f"{row.memory:.2f}x\n[dim]{row.ours_bytes / MIB:,.0f}/{row.peer_bytes / MIB:,.0f} MiB[/]",
             )
+        table.caption = f"same results, to {worst:.0e} of the largest value"
         return table
 
     def _curve_table(self) -> Table:
-        table = Table(title=f"Training step over {self.size_name}: seconds, peak MiB")
-        table.add_column(self.size_name, justify="right")
+        sizes = sorted({p.size for curve in self.curves for p in curve.points})
+        table = _plain_table(f"{self.growth_name}: time, peak memory")
+        for heading in (*(f"{size:,}" for size in sizes), "growth"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for curve in self.curves:
-            table.add_column(curve.name, justify="right")
-        for size in sorted({p.size for curve in self.curves for p in curve.points}):
-            table.add_row(str(size), *(_cell(curve, size) for curve in self.curves))
-        table.add_section()
-        table.add_row("growth", *(_growth(curve) for curve in self.curves))
+            points = {p.size: p for p in curve.points}
+            cells = (_cell(points[size]) if size in points else "" for size in sizes)
+            table.add_row(curve.name, *cells, _growth(curve))
         return table
+
+
+def _plain_table(title: str) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    return table
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -142,13 +148,17 @@ def _milliseconds(timing: Timing) -> str:
     return f"{median}\n[dim]{low}-{high}[/]"
 
 
-def _cell(curve: Curve, size: int) -> str:
-    for point in curve.points:
-        if point.size == size:
-            return f"{point.seconds:.2f} s  {point.bytes / MIB:,.0f}"
-    return "-"
+def _faster(row: Row) -> str:
+    speed = row.speed
+    asked = "" if row.target is None else f"\n[dim]asked {row.target:.3g}x[/]"
+    return f"{speed.value:.2f}x\n[dim]{speed.low:.1f}-{speed.high:.1f}[/]{asked}"
+
+
+def _cell(point: Point) -> str:
+    time = f"{point.seconds:.2f} s" if point.seconds >= 0.1 else f"{point.seconds * 1e3:.0f} ms"
+    return f"{time}\n[dim]{point.bytes / MIB:,.0f} MiB[/]"
 
 
 def _growth(curve: Curve) -> str:
     slopes = curve.slopes()
-    return "-" if slopes is None else f"N^{slopes[0]:.1f}  N^{slopes[1]:.1f}"
+    return "-" if slopes is None else f"N^{slopes[0]:.1f}\n[dim]N^{slopes[1]:.1f}[/]"

@@ -53,13 +53,6 @@ def main() -> None:
 
     try:
         app()
-    except (ZooError, ValueError) as error:
-        if not isinstance(error, ZooError | _attention_error()):
-            raise
+    except ZooError as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-
-
-def _attention_error() -> type[Exception]:
-    """The core's own error, which knows nothing of `ZooError` since the core imports only torch."""
-    return importlib.import_module("zoo.attention").AttentionError

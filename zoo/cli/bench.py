@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from omegaconf import OmegaConf
 
+from zoo.bench.suite import run_suite
 from zoo.cli.console import console
 from zoo.config import compose
 from zoo.registry import get_domain
@@ -20,20 +21,27 @@ def bench(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     cfg: Annotated[bool, typer.Option("--cfg", help="Print the resolved config and stop.")] = False,
 ) -> None:
-    """Time a model beside a plain layout of the same function: equal outputs first, then interleaved medians.
+    """Time a model, or the primitives of attention, beside a plain layout of the same function: equal
+    outputs first, then interleaved medians.
 
     Examples:
+
+      zoo bench suite=primitives
+
+      zoo bench suite=primitives only=window threads=1
 
       zoo bench domain=traffic
 
       zoo bench domain=traffic model=gman_paper repeats=25 curve=null output=gman.json
     """
-    config = compose("bench", overrides or [])
+    overrides = overrides or []
+    of_suite = any(text.startswith("suite=") for text in overrides)
+    config = compose("suite" if of_suite else "bench", overrides)
     if cfg:
         console.print(OmegaConf.to_yaml(config), highlight=False)
         return
-    report = get_domain(config.domain.name).load("bench")(config)
+    report = run_suite(config) if of_suite else get_domain(config.domain.name).load("bench")(config)
     console.print(report)
-    path = Path(config.output or f"runs/bench-{config.model.name}.json")
+    path = Path(config.output or f"runs/bench-{config.suite if of_suite else config.model.name}.json")
     report.write(path)
     console.print(f"Every round and the machine: {path}", soft_wrap=True)

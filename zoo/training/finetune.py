@@ -16,6 +16,9 @@ from zoo.weights.checkpoint import LoadReport, load_state, matches, read_checkpo
 
 METHODS = ("full", "head", "lora", "probe")
 
+PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "query", "key", "value")
+"""What models call the linear layers that make queries, keys and values."""
+
 
 def starting_point(path: str | Path, kwargs: Mapping[str, Any]) -> tuple[nn.Module, LoadReport]:
     """The model of a checkpoint, made for other data.
@@ -114,11 +117,7 @@ def _freeze(model: nn.Module, globs: list[str]) -> None:
 def _add_lora(model: nn.Module, cfg: DictConfig) -> None:
     peft = require("peft", "llm")
     linear = [name for name, module in model.named_modules() if _is_linear(module)]
-    chosen = (
-        [n for n in linear if matches(n, cfg.target)]
-        if cfg.target
-        else [n for n in linear if "att" in n.lower()]
-    )
+    chosen = [n for n in linear if matches(n, cfg.target)] if cfg.target else _in_attention(linear)
     if not chosen:
         raise ConfigError(
             "No linear layer for LoRA: "
@@ -137,6 +136,12 @@ def _add_lora(model: nn.Module, cfg: DictConfig) -> None:
         fan_in_fan_out=any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in chosen),
     )
     peft.inject_adapter_in_model(config, model)
+
+
+def _in_attention(names: list[str]) -> list[str]:
+    """By a module called attention, or else by the usual names of its projections."""
+    inside = [name for name in names if "att" in name.lower()]
+    return inside or [name for name in names if name.rpartition(".")[2] in PROJECTIONS]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
+from zoo.attention.layers import auxiliary_loss
 from zoo.cli.console import console
 from zoo.errors import ConfigError, ZooError, did_you_mean
 from zoo.registry import create_model, model_signature
@@ -118,7 +119,7 @@ class Task(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         total, count = self.loss(batch, "train")
         self.train_loss.update(total, count)
-        loss = self._global_mean(total, count)
+        loss = self._global_mean(total, count) + auxiliary_loss(self.model)
         self.log("train/step_loss", loss, prog_bar=True)
         return loss
 

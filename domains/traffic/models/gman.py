@@ -8,9 +8,9 @@ of it: nothing of size `[B, S, N, D]` is ever formed for the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from domains.traffic.models.common import check_window
 from domains.traffic.weights import GMANOfficial, GMANPortOfficial
 from zoo.attention import Causal, Groups, attend
+from zoo.attention.layers import AttentionLayer, create_attention
 from zoo.errors import ConfigError
 from zoo.layers.norm import BatchNorm, Moments, NormLinear, local_covariance, pooled
 from zoo.registry import register_model
@@ -230,6 +231,24 @@ class TemporalAttention(nn.Module):
         return out.transpose(1, 2)
 
 
+class LayerAttention(nn.Module):
+    """Any layer of the zoo over the N sensors of one step, or over the S steps of one sensor."""
+
+    def __init__(self, layer: AttentionLayer, program: Program, *, by_sensor: bool) -> None:
+        super().__init__()
+        self.by_sensor = by_sensor
+        self.qkv = EmbeddingLinear(2 * layer.dim, layer.dim, norm=program.norm)
+        self.layer = layer
+        self.out = program.attention_output(layer.dim)
+
+    def forward(self, h: Tensor, embedding: Embedding, moments: Moments | None) -> Tensor:
+        """`[B, S, N, D] -> [B, S, N, D]`"""
+        h = h.transpose(1, 2).contiguous() if self.by_sensor else h
+        tokens = self.qkv(h, embedding, moments, by_sensor=self.by_sensor)
+        out = self.out(self.layer(tokens.flatten(0, 1)).view_as(tokens))
+        return out.transpose(1, 2) if self.by_sensor else out
+
+
 class GatedFusion(nn.Module):
     """`H_S` and `H_T` weighed against each other, element by element."""
 
@@ -248,7 +267,12 @@ class GatedFusion(nn.Module):
 class Block(nn.Module):
     """Spatial and temporal attention side by side, fused, plus the residual."""
 
-    def __init__(self, spatial: SpatialAttention, temporal: TemporalAttention, fusion: GatedFusion) -> None:
+    def __init__(
+        self,
+        spatial: SpatialAttention | LayerAttention,
+        temporal: TemporalAttention | LayerAttention,
+        fusion: GatedFusion,
+    ) -> None:
         super().__init__()
         self.spatial = spatial
         self.temporal = temporal
@@ -322,6 +346,9 @@ class GMAN(nn.Module):
         spatial_groups: attend over the sensors within this many random groups and between the groups instead
             of all to all, for large N; 0 for all to all, as both programs do.
         group_seed: draws the groups.
+        attention: a layer of the zoo over the sensors in place of GMAN's own: a name, or a mapping with its
+            name and arguments (`zoo list attention`). It reads `[h, embedding]`, projected to width D.
+        temporal_attention: likewise over the steps, causal where `causal` says so.
         from_last: see the readings (first channel) also as changes since the last one, and forecast the
             change since the last one. GMAN itself knows how old a reading is by its time slot alone, which
             takes months of data to learn; neither program does this.
@@ -332,7 +359,8 @@ class GMAN(nn.Module):
 
     Raises:
         ConfigError: the port with `num_heads != head_dim`, for which it is not defined; more groups than
-            sensors.
+            sensors, or groups for another attention.
+        UnknownName, AttentionError: an attention that does not exist, or cannot do what is asked of it.
     """
 
     def __init__(
@@ -354,6 +382,8 @@ class GMAN(nn.Module):
         norm_decay_epochs: float = 5.0,
         spatial_groups: int = 0,
         group_seed: int = 0,
+        attention: str | Mapping[str, Any] | None = None,
+        temporal_attention: str | Mapping[str, Any] | None = None,
         from_last: bool = False,
         smooth_time: bool = False,
         variant: Literal["original", "port"] = "original",
@@ -368,12 +398,20 @@ class GMAN(nn.Module):
             raise ConfigError(
                 f"spatial_groups must lie in 0 .. {num_nodes}, the number of sensors, not {spatial_groups}."
             )
+        if attention and spatial_groups:
+            raise ConfigError("spatial_groups are groups of GMAN's own attention: leave out one of the two.")
         self.num_nodes = num_nodes
-        self.spatial_groups = spatial_groups
         self.history = history
         self.horizon = horizon
         self.variant = variant
         self.from_last = from_last
+        unpublished = {
+            "spatial_groups": spatial_groups,
+            "attention": attention,
+            "temporal_attention": temporal_attention,
+            "from_last": from_last,
+        }
+        self.unpublished = [name for name, chosen in unpublished.items() if chosen]
         self.norm = norm
         self.norm_decay_epochs = norm_decay_epochs
         dim = num_heads * head_dim
@@ -381,16 +419,24 @@ class GMAN(nn.Module):
         make_norm = partial(BatchNorm, eps=norm_eps, momentum=norm_momentum, unbiased=port)
         program = Program(make_norm if norm else None, port)
 
-        def spatial() -> SpatialAttention:
+        def spatial() -> SpatialAttention | LayerAttention:
+            if attention:
+                layer = create_attention(attention, dim, num_heads=num_heads, causal=False)
+                return LayerAttention(layer, program, by_sensor=False)
             if spatial_groups:
                 return GroupSpatialAttention(
                     num_heads, head_dim, program, num_nodes, spatial_groups, group_seed
                 )
             return SpatialAttention(num_heads, head_dim, program)
 
+        def temporal() -> TemporalAttention | LayerAttention:
+            if temporal_attention:
+                layer = create_attention(temporal_attention, dim, num_heads=num_heads, causal=causal)
+                return LayerAttention(layer, program, by_sensor=True)
+            return TemporalAttention(num_heads, head_dim, program, causal)
+
         def block() -> Block:
-            temporal = TemporalAttention(num_heads, head_dim, program, causal)
-            return Block(spatial(), temporal, GatedFusion(dim, program))
+            return Block(spatial(), temporal(), GatedFusion(dim, program))
 
         self.embedding = SpatioTemporalEmbedding(num_nodes, dim, steps_per_day, program, smooth_time)
         self.input = nn.Sequential(

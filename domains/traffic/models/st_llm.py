@@ -7,8 +7,10 @@ Shapes: B windows, P steps of history, Q of horizon, N sensors, C channels, D th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from domains.traffic.models.common import check_window, features_of_time
 from domains.traffic.weights import STLLMOfficial, gpt2_start
 from zoo.attention import Causal, attend
-from zoo.errors import ConfigError
+from zoo.attention.layers import AttentionLayer, create_attention
+from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.freeze import freeze_blocks
 from zoo.registry import register_model
 from zoo.weights.checkpoint import load_state, read_state_dict
@@ -44,12 +47,18 @@ class SensorTokens(nn.Module):
 class GPT2Block(nn.Module):
     """Pre-norm causal self-attention and feed-forward layer (Radford et al. 2019)."""
 
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, num_heads: int, dropout: float, attention: str | Mapping[str, Any] | None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.ln_1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.attention: AttentionLayer | None = None
+        if attention:
+            self.attention = create_attention(attention, width, num_heads=num_heads, causal=True)
+        else:
+            self.qkv = nn.Linear(width, 3 * width)
+            self.proj = nn.Linear(width, width)
         self.ln_2 = nn.LayerNorm(width)
         self.fc_1 = nn.Linear(width, 4 * width)
         self.fc_2 = nn.Linear(4 * width, width)
@@ -58,27 +67,38 @@ class GPT2Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D] -> [B, N, D]`"""
-        x = x + self.dropout(self.proj(self._attention(self.ln_1(x))))
+        x = x + self.dropout(self._attend(self.ln_1(x)))
         return x + self.dropout(self.fc_2(self.act(self.fc_1(self.ln_2(x)))))
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor) -> Tensor:
+        if self.attention is not None:
+            return self.attention(x)
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)
         )
         dropout = self.dropout.p if self.training else 0.0
-        return attend(query, key, value, pattern=Causal(), dropout=dropout).transpose(1, 2).flatten(2)
+        out = attend(query, key, value, pattern=Causal(), dropout=dropout)
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class GPT2(nn.Module):
     """The first blocks of a GPT-2 on embeddings in place of words, with its positions and last norm."""
 
     def __init__(
-        self, width: int, num_heads: int, num_layers: int, max_positions: int, dropout: float
+        self,
+        width: int,
+        num_heads: int,
+        num_layers: int,
+        max_positions: int,
+        dropout: float,
+        attention: str | Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.empty(max_positions, width))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(GPT2Block(width, num_heads, dropout) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(
+            GPT2Block(width, num_heads, dropout, attention) for _ in range(num_layers)
+        )
         self.norm = nn.LayerNorm(width)
         self._init(num_layers)
 
@@ -93,7 +113,7 @@ class GPT2(nn.Module):
         """As GPT-2: std 0.02, and less where a branch is added to the residual."""
         nn.init.normal_(self.positions, std=0.02)
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and ".attention." not in name:
                 into_residual = name.endswith(("proj", "fc_2"))
                 nn.init.normal_(module.weight, std=0.02 / (2 * num_layers) ** 0.5 if into_residual else 0.02)
                 nn.init.zeros_(module.bias)
@@ -114,9 +134,14 @@ class STLLM(nn.Module):
         width, num_heads: of GPT-2; 768 and 12 in GPT-2 small.
         max_positions: rows of its position table.
         dropout: of GPT-2, in training.
+        attention: a layer of the zoo in place of GPT-2's own, trained from the start: a name, or a mapping
+            with its name and arguments (`zoo list attention`), `causal: false` among them where sensors shall
+            see all others.
 
     Raises:
-        ConfigError: widths that do not divide, or more sensors than positions.
+        ConfigError: widths that do not divide, more sensors than positions, or another attention that is to
+            stay frozen.
+        UnknownName, AttentionError: an attention that does not exist, or cannot do what is asked of it.
     """
 
     def __init__(
@@ -133,6 +158,7 @@ class STLLM(nn.Module):
         num_heads: int = 12,
         max_positions: int = 1024,
         dropout: float = 0.1,
+        attention: str | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if width % 3 or width % num_heads:
@@ -144,13 +170,19 @@ class STLLM(nn.Module):
                 f"{num_nodes} sensors need as many positions, but max_positions is {max_positions}. "
                 "Pretrained GPT-2 has 1024; without it, set max_positions to the number of sensors."
             )
+        if attention and trainable_layers is not None:
+            raise ConfigError(
+                "Another attention starts from random numbers, which cannot stay frozen: "
+                "set trainable_layers=null."
+            )
         self.num_nodes = num_nodes
         self.history = history
         self.horizon = horizon
         self.steps_per_day = steps_per_day
+        self.attention = attention
         self.tokens = SensorTokens(num_nodes, (in_channels + 2) * history, steps_per_day, width // 3)
         self.fusion = nn.Linear(width, width)
-        self.gpt2 = GPT2(width, num_heads, llm_layers, max_positions, dropout)
+        self.gpt2 = GPT2(width, num_heads, llm_layers, max_positions, dropout, attention)
         self.head = nn.Linear(width, horizon)
         if trainable_layers is not None:
             freeze_blocks(
@@ -184,6 +216,8 @@ class STLLM(nn.Module):
         Raises:
             CheckpointError: the file is no GPT-2 of this width with as many blocks.
         """
+        if self.attention:
+            raise CheckpointError("GPT-2 weights are for its own attention: leave out `attention`.")
         tensors = gpt2_start(read_state_dict(path), self)
         kept = [name for name in self.state_dict() if name not in tensors]
         load_state(self, tensors, skip=kept, source=str(path))

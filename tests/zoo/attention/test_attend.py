@@ -171,13 +171,21 @@ def test_bias_and_its_gradient_equal_reference(case: str, shape: tuple[int, ...]
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["sdpa", "blocked"])
 @pytest.mark.parametrize("case", CASES)
-def test_lse_of_blocked_equals_reference(case: str) -> None:
-    q, k, v = tensors()
-    with backend("reference"):
-        _, expected = attend(q, k, v, pattern=CASES[case].pattern, return_lse=True)
-    _, lse = attend(q, k, v, pattern=CASES[case].pattern, return_lse=True)
-    torch.testing.assert_close(lse, expected)
+def test_lse_and_its_gradient_equal_reference(case: str, name: str) -> None:
+    inputs = tensors()
+    cotangent = torch.randn(BATCH, HEADS, TOKENS)
+
+    def run(backend_name: str) -> list[Tensor]:
+        with backend(backend_name):
+            out, lse = attend(*inputs, pattern=CASES[case].pattern, return_lse=True)
+        finite = lse.masked_fill(lse == -torch.inf, 0.0)
+        loss = (finite * cotangent).sum() + out.square().sum()
+        return [out, lse, *torch.autograd.grad(loss, inputs)]
+
+    for ours, theirs in zip(run(name), run("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -221,14 +229,16 @@ def test_gradcheck(case: str, name: str) -> None:
         )
 
 
-def test_gradcheck_of_log_sum_exp() -> None:
+@pytest.mark.parametrize("name", ["sdpa", "blocked"])
+def test_gradcheck_of_log_sum_exp(name: str) -> None:
     inputs = tensors(torch.float64)
 
     def finite(*x: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = attend(*x, pattern=CASES["padding"].pattern, return_lse=True)
         return out, lse[:1]  # the second entry sees nothing: its lse is -inf
 
-    assert torch.autograd.gradcheck(finite, inputs, fast_mode=True)
+    with backend(name):
+        assert torch.autograd.gradcheck(finite, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize(("name", "kernel"), CAN)
@@ -534,7 +544,7 @@ def test_bad_input_is_named(message: str, call) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("sdpa", {"kernel": TopKSoftmax(2)}), ("sdpa", {"return_lse": True}), ("flex", {})],
+    [("sdpa", {"kernel": TopKSoftmax(2)}), ("sdpa", {"return_lse": True, "dropout": 0.1}), ("flex", {})],
 )
 def test_a_forced_backend_that_cannot_says_so(name: str, options: dict) -> None:
     with backend(name), pytest.raises(AttentionError, match=f"backend '{name}' computes softmax"):

@@ -67,7 +67,7 @@ def test_scaling_finds_the_exponent_of_memory() -> None:
 def test_report_shows_ratios_and_stores_every_round(tmp_path: Path) -> None:
     row = compare(JOB, repeats=3, device=CPU)
     curve = scaling("square", lambda n: lambda: torch.ones(n, n), [64, 128], repeats=1, device=CPU)
-    report = Report("products", {"repeats": 3}, machine(CPU), (row,), (curve,), size_name="rows")
+    report = Report("products", {"repeats": 3}, machine(CPU), (row,), (curve,), growth_name="over rows")
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report)
     text = console.export_text()

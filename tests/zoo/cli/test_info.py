@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 from typer.testing import CliRunner
 
+from zoo.attention.layers import LAYERS, Supports
 from zoo.cli import info, list
 from zoo.cli.console import console
 from zoo.errors import UnknownName
@@ -46,6 +49,28 @@ def test_info_shows_card_arguments_and_licence() -> None:
     assert rows["parameters"] == ["100"]
     assert rows["depth"] == ["int", "5", "number of layers; unused."]
     assert rows["scale"] == ["float | list[float]", "1.0", "stored only."]
+
+
+def test_list_attention_shows_what_each_layer_says_it_can() -> None:
+    rows = [line for line in _run(list.app, "attention").splitlines() if line.startswith("  ")]
+    found = {line.split()[0]: line.split()[1:] for line in rows if line.split()[1:]}
+    for name, layer in LAYERS.items():
+        can = [getattr(layer.supports, prop) for prop in list.HEADINGS]
+        assert found[name].count("x") == sum(can), name
+        assert found[name][-1] in layer.paper
+
+
+def test_every_property_of_a_layer_has_a_heading() -> None:
+    assert [*list.HEADINGS] == [field.name for field in fields(Supports)]
+
+
+def test_info_shows_a_layer_and_its_arguments() -> None:
+    rows = {row[0]: row[1:] for row in _cells(_run(info.app, "attention/gated"))}
+    assert rows["supports"][0].startswith("bidirectional, causal, cross")
+    assert rows["num_heads"][:2] == ["int", "required"]
+    assert rows["num_kv_heads"][1:] == ["None", "Hk, a divisor of H; by default H."]  # of its base class
+    with pytest.raises(UnknownName, match="Did you mean 'gated'"):
+        _run(info.app, "attention/gatde")
 
 
 def test_info_marks_required_arguments() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import toy
 from omegaconf import OmegaConf
+from torch import nn
 
 from zoo.errors import ConfigError
 from zoo.training.finetune import adapt, merge_lora
@@ -75,6 +76,28 @@ def test_lora_without_a_layer_to_adapt_lists_those_there_are() -> None:
     pytest.importorskip("peft")
     with pytest.raises(ConfigError, match=r"none matches \['stm'\].*the model has stem, head"):
         adapt(toy.model(), settings("lora", lora={"r": 2, "alpha": 4, "dropout": 0.0, "target": ["stm"]}))
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (("block.attention.out", "block.mlp", "memory.query"), ["block.attention.out"]),
+        (("block.qkv", "block.mlp"), ["block.qkv"]),
+    ],
+)
+def test_lora_goes_to_attention_where_no_target_is_given(names: tuple[str, ...], chosen: list[str]) -> None:
+    pytest.importorskip("peft")
+    model = nn.Module()
+    for name in (*names, "head"):
+        parent = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(name.rpartition(".")[2], nn.Linear(4, 4))
+    adapt(model, settings("lora", lora={"r": 2, "alpha": 4, "dropout": 0.0, "target": None}))
+    updates = {f"{name}.lora_{side}.default.weight" for name in chosen for side in "AB"}
+    assert trained(model) == {"head.weight", "head.bias", *updates}
 
 
 def test_layer_decay_lowers_the_rate_towards_the_input() -> None:

@@ -1,0 +1,139 @@
+"""Any attention layer of the zoo in place of a model's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zoo
+from zoo.attention import AttentionError
+from zoo.attention.layers import LAYERS
+from zoo.config import compose
+from zoo.errors import CheckpointError, ConfigError, UnknownName
+from zoo.weights.checkpoint import save_model
+
+N, P, Q, DAY = 8, 8, 8, 24
+SIZES: dict[str, Any] = {"num_nodes": N, "history": P, "horizon": Q, "steps_per_day": DAY}
+GMAN: dict[str, Any] = {"num_heads": 4, "head_dim": 4}
+ST_LLM: dict[str, Any] = {"width": 48, "num_heads": 4, "llm_layers": 2, "trainable_layers": None}
+NEEDED: dict[str, dict[str, Any]] = {
+    "cca": {"num_kv_heads": 2, "rotary_factor": 1.0},
+    "dgqa": {"num_kv_heads": 2},
+    "hcam": {"chunk_size": 4, "k": 1},
+    "kdgqa": {"num_kv_heads": 2},
+    "local": {"window": 3},
+    "mla": {"kv_rank": 8},
+    "moh": {"shared_heads": 1, "routed_heads": 2},
+    "neighbourhood": {"kernel": 3},
+    "pgqa": {"num_kv_heads": 2},
+    "s2": {"num_groups": 2},
+    "shifted_window": {"window": 4},
+}
+"""Arguments without a default, and sizes that fit 8 tokens and 4 heads."""
+
+
+def layers(direction: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "name", sorted(n for n, c in LAYERS.items() if getattr(c.supports, direction))
+    )
+
+
+def choice(name: str) -> dict[str, Any]:
+    return {"name": name, **NEEDED.get(name, {})}
+
+
+def window(batch: int = 3) -> tuple[Tensor, Tensor]:
+    start = torch.randint(0, 7 * DAY, (batch, 1)) + torch.arange(P + Q)
+    return torch.randn(batch, P, N), torch.stack([start // DAY % 7, start % DAY], -1)
+
+
+def learns(model: nn.Module) -> None:
+    x, time = window()
+    forecast = model(x, time)
+    assert forecast.shape == (3, Q, N)
+    forecast.square().sum().backward()
+    used = [p for n, p in model.named_parameters() if "attention" in n or ".layer." in n]
+    assert used
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in used)
+
+
+@layers("bidirectional")
+def test_gman_takes_it_over_the_sensors(name: str) -> None:
+    learns(zoo.create_model("gman", **SIZES, **GMAN, attention=choice(name)))
+
+
+@layers("causal")
+def test_gman_takes_it_over_the_steps(name: str) -> None:
+    learns(zoo.create_model("gman", **SIZES, **GMAN, causal=True, temporal_attention=choice(name)))
+
+
+@layers("causal")
+def test_st_llm_takes_it(name: str) -> None:
+    learns(zoo.create_model("st_llm", **SIZES, **ST_LLM, attention=choice(name)))
+
+
+def test_temporal_attention_follows_the_causal_option() -> None:
+    model = zoo.create_model("gman", **SIZES, **GMAN, causal=True, temporal_attention="gated")
+    assert model.encoder[0].temporal.layer.causal
+    model = zoo.create_model("gman", **SIZES, **GMAN, temporal_attention="gated")
+    assert not model.encoder[0].temporal.layer.causal
+
+
+def test_arguments_of_the_mapping_win(tmp_path: Path) -> None:
+    chosen = {"name": "multihead", "num_heads": 2, "num_kv_heads": 1, "causal": False}
+    model = zoo.create_model("st_llm", **SIZES, **ST_LLM, attention=chosen).eval()
+    layer = model.gpt2.blocks[0].attention
+    assert (layer.num_heads, layer.num_kv_heads, layer.causal) == (2, 1, False)
+    save_model(model, tmp_path / "model.safetensors")
+    again = zoo.create_model("st_llm", checkpoint_path=tmp_path / "model.safetensors").eval()
+    inputs = window()
+    torch.testing.assert_close(again(*inputs), model(*inputs))
+
+
+def test_a_swapped_model_compiles_without_graph_breaks() -> None:
+    torch._dynamo.reset()
+    model = zoo.create_model("gman", **SIZES, **GMAN, norm=False, attention="gated").eval()
+    inputs = window()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), model(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("message", "attention"),
+    [
+        ("Did you mean 'gated'", "gatde"),
+        ("Did you mean 'num_kv_heads'", {"name": "multihead", "num_kvheads": 2}),
+        ("needs kv_rank", "mla"),
+        ("'gla' is not bidirectional", "gla"),
+    ],
+)
+def test_a_wrong_choice_is_named(message: str, attention: str | dict[str, Any]) -> None:
+    with pytest.raises((ConfigError, UnknownName, AttentionError), match=message):
+        zoo.create_model("gman", **SIZES, **GMAN, attention=attention)
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="spatial_groups"):
+        zoo.create_model("gman", **SIZES, **GMAN, attention="gated", spatial_groups=2)
+    with pytest.raises(ConfigError, match="trainable_layers=null"):
+        zoo.create_model("st_llm", **SIZES, **(ST_LLM | {"trainable_layers": 1}), attention="gated")
+    model = zoo.create_model("st_llm", **SIZES, **ST_LLM, attention="gated")
+    with pytest.raises(CheckpointError, match="attention"):
+        zoo.to_official(model)
+    with pytest.raises(CheckpointError, match="attention"):
+        model.load_backbone(tmp_path / "gpt2.safetensors")
+
+
+def test_config_takes_a_name_a_mapping_or_keys() -> None:
+    def chosen(*overrides: str) -> Any:
+        return compose("train", ["domain=traffic", "model=gman", *overrides]).model.attention
+
+    assert chosen("model.attention=gated") == "gated"
+    assert chosen("model.attention={name: mla, kv_rank: 8}") == {"name": "mla", "kv_rank": 8}
+    assert chosen("model.attention.name=mla", "model.attention.kv_rank=8") == {"name": "mla", "kv_rank": 8}
+    with pytest.raises(ConfigError, match=r"model\.attention\.kv_rank"):
+        chosen("model.attention.name=mla", "model.attention.kv_rnak=8")

@@ -1,0 +1,231 @@
+"""What linear attention adds to `scan`: feature maps, constant decays, gated slots, exponential gates.
+
+Shapes: B batch, H heads, N tokens, D key width, V value width, M slots, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.attention.attend import attend
+from zoo.attention.errors import AttentionError
+from zoo.attention.kernels import softmax
+from zoo.attention.patterns import Window
+from zoo.attention.scan import CHUNK, Form, scan
+
+
+def elu_features(x: Tensor) -> Tensor:
+    """`elu(x) + 1` (Katharopoulos et al. 2020, equation 7)."""
+    return F.elu(x) + 1
+
+
+def squared_features(x: Tensor) -> Tensor:
+    """`(B, H, N, D)` to D (D + 1) / 2 products with `phi(q) . phi(k) = (q . k)^2 / D` (ReBased)."""
+    return _products(x) * x.shape[-1] ** -0.5
+
+
+def taylor_features(x: Tensor, *, symmetric: bool = True) -> Tensor:
+    """`phi(q) . phi(k) = 1 + s + s^2 / 2` with `s = q . k / sqrt(D)` (Arora et al. 2024, Based, section 4.1).
+
+    Args:
+        x: `(..., D)`.
+        symmetric: 1 + D + D (D + 1) / 2 features; else each mixed product twice, 1 + D + D^2 as published.
+    """
+    width = x.shape[-1]
+    products = _products(x) if symmetric else (x[..., :, None] * x[..., None, :]).flatten(-2)
+    return torch.cat([torch.ones_like(x[..., :1]), x * width**-0.25, products * (2 * width) ** -0.5], dim=-1)
+
+
+def hedgehog_features(x: Tensor, weight: Tensor) -> Tensor:
+    """`[softmax(x W), softmax(-x W)]`, at least 1e-12 (Zhang et al. 2024, Hedgehog, equation 6).
+
+    Args:
+        x: `(B, H, N, D)`.
+        weight: W of each head, `(H, D, F)`.
+
+    Returns:
+        `(B, H, N, 2 F)`.
+    """
+    y = x @ weight
+    return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1).clamp(min=1e-12)
+
+
+def _products(x: Tensor) -> Tensor:
+    """All `x_i x_j` with i <= j, mixed ones times sqrt 2: the inner product is `(x . y)^2`."""
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    weight = x.new_ones(len(i)).masked_fill(i != j, math.sqrt(2.0))
+    return x[..., i] * x[..., j] * weight
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """`(H,)`: `2^(-8 (h + 1) / H)` for a power of two; otherwise the slopes of the power below, then every
+    second one of its double (Press et al. 2022; the decays of Lightning attention)."""
+    power = 1 << (num_heads.bit_length() - 1)
+
+    def geometric(n: int) -> Tensor:
+        return 2.0 ** (-8.0 / n * torch.arange(1, n + 1, dtype=torch.float64))
+
+    return torch.cat([geometric(power), geometric(2 * power)[::2][: num_heads - power]]).float()
+
+
+def retention_decay(num_heads: int) -> Tensor:
+    """`(H,)`: `ln(1 - 2^(-5 - h))` (Sun et al. 2023, RetNet, equation 8)."""
+    return torch.log1p(-(2.0 ** (-5.0 - torch.arange(num_heads, dtype=torch.float64)))).float()
+
+
+def gated_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    *,
+    log_decay: Tensor,
+    starts: Tensor | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    form: Form | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Softmax attention to M slots of decaying memory (Zhang et al. 2024, GSA, equation 6).
+
+    `K_t = diag(exp g_t) K_{t-1} + s_t k_t^T`, V likewise, `o_t = V_t^T softmax(scale K_t q_t)`.
+
+    Args:
+        q, k: `(B, H, N, D)`.
+        v: `(B, H, N, V)`.
+        slots: s, `(B, H, N, M)`, what each token writes to each slot.
+        log_decay: `(B, H, N, M)`.
+        state: keys `(B, H, D, M)` and values `(B, H, M, V)` of the slots.
+    """
+    keys, values = (None, None) if state is None else state
+    scores, keys = scan(
+        q, k, slots, value_decay=log_decay, starts=starts, state=keys, scale=scale, form=form, chunk=chunk
+    )
+    weights = scores.softmax(-1)
+    out, values = scan(
+        weights, slots, v, log_decay=log_decay, starts=starts, state=values, scale=1.0, form=form, chunk=chunk
+    )
+    return out, (keys, values)
+
+
+class MLSTMResult(NamedTuple):
+    """out `(B, H, N, V)`; normaliser, peak `(B, H, N)`; state: `(B, H, D, V + 1)` and last peak `(B, H)`."""
+
+    out: Tensor
+    normaliser: Tensor
+    peak: Tensor
+    state: tuple[Tensor, Tensor]
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    starts: Tensor | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    form: Form | None = None,
+    chunk: int = CHUNK,
+) -> MLSTMResult:
+    """The matrix memory of xLSTM with exponential input gates (Beck et al. 2024, equations 19 to 27).
+
+    The state is kept relative to `exp(peak)`, `peak_t = max(logsigmoid f_t + peak_{t-1}, i_t)`; its last
+    column is the normaliser state.
+
+    Args:
+        q, k: `(B, H, N, D)`.
+        v: `(B, H, N, V)`.
+        input_gate, forget_gate: i and f before their activations, `(B, H, N)`.
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    log_forget, log_input = F.logsigmoid(forget_gate.to(wide)), input_gate.to(wide)
+    peak, before = _peaks(
+        log_forget.detach(), log_input.detach(), starts, None if state is None else state[1]
+    )
+    written = k.to(wide) * (log_input - peak).exp()[..., None]
+    sums, memory = scan(
+        q.to(wide),
+        written,
+        F.pad(v.to(wide), (0, 1), value=1.0),
+        log_decay=log_forget + before - peak,
+        starts=starts,
+        state=None if state is None else state[0],
+        scale=scale,
+        form=form,
+        chunk=chunk,
+    )
+    normaliser = torch.maximum(sums[..., -1].abs(), (-peak).exp())
+    out = sums[..., :-1] / (normaliser + eps)[..., None]
+    return MLSTMResult(out.to(v.dtype), normaliser, peak, (memory, peak[..., -1]))
+
+
+def _peaks(
+    log_forget: Tensor, log_input: Tensor, starts: Tensor | None, last: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The largest log weight of each row, and that of the row before; a new document forgets the last."""
+    if starts is not None:
+        log_forget = log_forget.masked_fill(starts[:, None], -1e3)
+    total = log_forget.cumsum(-1)
+    lead = (log_input - total).cummax(-1).values
+    if last is not None:
+        lead = torch.maximum(lead, last[..., None])
+    peak = total + lead
+    first = peak[..., :1] if last is None else last[..., None]
+    return peak, torch.cat([first, peak[..., :-1]], dim=-1)
+
+
+def window_and_features(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_features: Tensor,
+    k_features: Tensor,
+    *,
+    window: int,
+    window_factor: Tensor,
+    rest_factor: Tensor | float = 1.0,
+) -> Tensor:
+    """Softmax in a causal window, linear attention before it, one denominator (Zhang et al. 2024, LoLCATs,
+    equation 6); the softmax part is relative to its own largest score.
+
+    Args:
+        q, k, v: `(B, H, N, D)`.
+        q_features, k_features: `(B, H, N, F)`, not negative.
+        window_factor, rest_factor: weights of the two parts, broadcastable to `(B, H, N, 1)`.
+    """
+    if window < 1:
+        raise AttentionError(f"a window has a positive size, not {window}")
+    tokens = q.shape[2]
+    near, log_mass = attend(
+        q,
+        k,
+        v,
+        pattern=Window(min(window, tokens), causal=True),
+        kernel=_softmax_above_peak,
+        return_lse=True,
+    )
+    mass = window_factor * log_mass.exp()[..., None]
+    late = min(window, tokens)
+    far, _ = scan(
+        q_features,
+        F.pad(k_features, (0, 0, late, 0))[:, :, :tokens],
+        F.pad(F.pad(v, (0, 1), value=1.0), (0, 0, late, 0))[:, :, :tokens],
+        scale=1.0,
+    )
+    far = rest_factor * far
+    return (mass * near + far[..., :-1]) / (mass + far[..., -1:])
+
+
+def _softmax_above_peak(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax, and its log-sum-exp less the largest score."""
+    weights, lse = softmax(scores)
+    return weights, lse - scores.amax(-1)

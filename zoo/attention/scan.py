@@ -1,0 +1,401 @@
+"""The linear recurrence under linear attention, retention, gated linear attention and the delta rule.
+
+    S'  = diag(exp g_t) S_{t-1}
+    S_t = S' + k_t (beta_t (v_t - k_t^T S'))^T        without beta:  S_t = S' + k_t v_t^T
+    o_t = (scale q_t)^T S_t
+
+Three forms compute it. `step` is the definition, token by token. `chunk` is exact too: inside a chunk all
+pairs of tokens at once, from chunk to chunk the state; time and memory are linear in N. `parallel` is one
+chunk of N tokens. The delta rule inside a chunk is a triangular system (Yang et al. 2024, DeltaNet, section
+3.2). With a decay per channel, a pair of tokens meets at a border between them: what the query has lost
+since, times what the key loses up to it (Yang et al. 2024, GLA, section 4). Borders halve a chunk down to
+runs of few tokens, which meet in their middle.
+
+Shapes: B batch, H heads, N tokens, D key width, V value width; in chunks T chunks of C tokens.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.attention.errors import AttentionError
+
+Form = Literal["parallel", "chunk", "step"]
+CHUNK = 32  # tokens; the triangular system of the delta rule costs more with longer ones
+_RUN = 8  # tokens among which the factors of a decay per channel stay finite
+_LOWEST = {torch.float32: -18.0, torch.float64: -170.0}  # log decays per channel below it count as this
+
+
+class _Recurrence(NamedTuple):
+    """One checked call in float32 or wider: q, k `(B, H, N, D)`, v `(B, H, N, V)`, state `(B, H, D, V)`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None  # (B or 1, H or 1, N, D or 1)
+    value_decay: Tensor | None  # (B or 1, H or 1, N, V or 1)
+    beta: Tensor | None  # (B or 1, H or 1, N, 1)
+    starts: Tensor | None  # (B, 1, N, 1)
+    state: Tensor
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    value_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    starts: Tensor | None = None,
+    state: Tensor | None = None,
+    scale: float | None = None,
+    form: Form | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence over tokens; see the module for its equations.
+
+    Args:
+        q, k: `(B, Hk, N, D)`; head h of the values reads query and key head `h // (H / Hk)`.
+        v: `(B, H, N, V)`.
+        log_decay: g <= 0, finite: `(B, H, N)` per head or `(B, H, N, D)` per key channel; axes of size 1 are
+            repeated, so `(1, H, 1)` is one decay per head.
+        value_decay: as `log_decay`, for the value channels of the state: `(B, H, N, V)`. Not with beta.
+        beta: `(B, H, N)`, the delta rule with this rate; None = no delta rule, rate 1.
+        starts: bool `(B, N)`; True empties the state before this token (first of a packed document).
+        state: `(B, H, D, V)`, that of an earlier call; zeros by default.
+        scale: of the queries, `D ** -0.5` by default.
+        form: by default `step` for one token, else `chunk`.
+        chunk: tokens per chunk; with a decay per channel rounded up to 8, 16, 32, ...
+
+    Returns:
+        `(B, H, N, V)` in the dtype of v, and the state after the last token in float32 or wider.
+
+    Raises:
+        AttentionError: shapes or options that do not fit together.
+    """
+    if form is None:
+        form = "step" if q.shape[-2] == 1 else "chunk"
+    if form not in ("parallel", "chunk", "step"):
+        raise AttentionError(f"a scan has the forms parallel, chunk and step, not {form!r}")
+    if chunk < 1:
+        raise AttentionError(f"a chunk has at least one token, not {chunk}")
+    _check(q, k, v, log_decay, value_decay, beta, starts, state)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    device = q.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        p = _prepared(q, k, v, log_decay, value_decay, beta, starts, state, factor)
+        if form == "step":
+            out, last = _stepwise(p)
+        else:
+            out, last = _chunkwise(p, chunk if form == "chunk" else q.shape[-2])
+    return out.to(v.dtype), last
+
+
+def scan_mean(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    starts: Tensor | None = None,
+    state: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    form: Form | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """`scan` divided by the sum of its weights plus eps (Katharopoulos et al. 2020, equation 12).
+
+    The last column of the state `(B, H, D, V + 1)` is the running sum of the keys.
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    ones = F.pad(v.to(wide), (0, 1), value=1.0)
+    out, state = scan(
+        q,
+        k,
+        ones,
+        log_decay=log_decay,
+        starts=starts,
+        state=state,
+        scale=scale,
+        form=form,
+        chunk=chunk,
+    )
+    return (out[..., :-1] / (out[..., -1:] + eps)).to(v.dtype), state
+
+
+def _stepwise(p: _Recurrence) -> tuple[Tensor, Tensor]:
+    """The definition, O(D V) per token."""
+    state, outs = p.state, []
+    for t in range(p.q.shape[2]):
+        q, k, v = p.q[:, :, t, None], p.k[:, :, t, None], p.v[:, :, t, None]
+        if p.starts is not None:
+            state = state.masked_fill(p.starts[:, :, t, None], 0.0)
+        if p.decay is not None:
+            state = state * p.decay[:, :, t, :, None].exp()
+        if p.value_decay is not None:
+            state = state * p.value_decay[:, :, t, None].exp()
+        new = v if p.beta is None else p.beta[:, :, t, None] * (v - k @ state)
+        state = state + k.mT * new
+        outs.append(q @ state)
+    return torch.cat(outs, dim=2), state
+
+
+def _chunkwise(p: _Recurrence, size: int) -> tuple[Tensor, Tensor]:
+    """Inside of all chunks at once, then from chunk to chunk."""
+    tokens = p.q.shape[2]
+    size = _fitting(min(size, tokens), p)
+    q, k, v = (_cut(x, size) for x in (p.q, p.k, p.v))
+    decay, value_decay, rates = (
+        None if x is None else _cut(x, size) for x in (p.decay, p.value_decay, p.beta)
+    )
+    pairs, readers, writers, carry = _decayed([q] if rates is None else [q, k], k, decay)
+    if p.starts is not None:
+        document = _cut(p.starts.long(), size).cumsum(-2)  # 0 = that of the chunk before
+        last = document[..., -1:, :]
+        pairs = [x.masked_fill(document != document.mT, 0.0) for x in pairs]
+        readers = [x.masked_fill(document > 0, 0.0) for x in readers]
+        writers = writers.masked_fill(document < last, 0.0)
+        carry = (q.new_ones(()) if carry is None else carry) * (last == 0)
+
+    if value_decay is not None:
+        within, entering, leaving, kept = _decayed_values(pairs[0], v, value_decay)
+        carry = kept if carry is None else carry * kept
+        before, _, state = _carried(p.state, readers, writers, leaving, carry)
+        out = torch.addcmul(within, before, entering)
+    else:
+        corrections = None if rates is None else _inverse(pairs[1] * rates) * rates.mT
+        before, written, state = _carried(p.state, readers, writers, v, carry, corrections)
+        out = pairs[0] @ written + before
+    return out.flatten(2, 3)[:, :, :tokens], state
+
+
+def _inverse(system: Tensor) -> Tensor:
+    """`(I + tril(system, -1))^-1` `(..., C, C)`."""
+    identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    return torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True)
+
+
+def _carried(
+    state: Tensor,
+    readers: list[Tensor],
+    writers: Tensor,
+    values: Tensor,
+    carry: Tensor | None,
+    corrections: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From chunk to chunk: what the readers see of the state, what is written, the last state.
+
+    `u = values`, or by the delta rule `A (values - readers[1] S)`; then `S <- carry * S + writers^T u`. All
+    `(B, H, T, C, .)`.
+    """
+    seen, written, none = [], [], (None,) * values.shape[2]
+    for reader, eraser, writer, u, kept, correction in zip(
+        readers[0].unbind(2),
+        readers[-1].unbind(2),
+        writers.unbind(2),
+        values.unbind(2),
+        none if carry is None else carry.unbind(2),
+        none if corrections is None else corrections.unbind(2),
+        strict=True,
+    ):
+        seen.append(reader @ state)
+        if correction is not None:
+            u = correction @ (u - eraser @ state)
+        written.append(u)
+        update = writer.mT @ u
+        state = state + update if kept is None else torch.addcmul(update, kept, state)
+    return torch.stack(seen, dim=2), values if corrections is None else torch.stack(written, dim=2), state
+
+
+def _decayed(
+    queries: list[Tensor], k: Tensor, g: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
+    """What the queries and keys `(..., C, D)` of a chunk are to each other and to the states.
+
+    Returns:
+        For each of the queries, pairs `(..., C, C)`: `sum_d q_id k_jd exp(c_id - c_jd)` for j <= i, c the sum
+        of g, else 0; the queries as readers of the state before the chunk; keys as writers of the state after
+        it; what that keeps of the state before, `(..., D or 1, 1)`.
+    """
+    if g is None:
+        return [(q @ k.mT).tril() for q in queries], queries, k, None
+    if g.shape[-1] == 1:
+        # Sums of each stretch by itself (Dao and Gu 2024, Mamba-2): differences of long sums lose digits.
+        kept = g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2).exp()
+        entering = g.cumsum(-2).exp()
+        pairs = [((q @ k.mT) * kept).tril() for q in queries]
+        return pairs, [q * entering for q in queries], k * kept[..., -1:, :].mT, entering[..., -1:, :]
+    runs = _runs(k, g)
+    pairs, readers = zip(*(_met(q, runs) for q in queries), strict=True)
+    writers, total = runs.longer[-1]
+    return [*pairs], [*readers], writers.squeeze(-3), total.squeeze(-3).mT
+
+
+class _Runs(NamedTuple):
+    """Writers (keys, or values) with a decay per channel, in T runs of `_RUN` tokens, of twice as many and so
+    on up to the whole chunk. `_LOWEST` keeps everything finite."""
+
+    after: Tensor  # decay since the middle of a run (before it, the inverse), (..., T, _RUN, D)
+    first: Tensor  # decay of the first half of each run, (..., T, 1, D)
+    writers: Tensor  # times their decay up to the middle, (..., T, _RUN, D)
+    longer: list[tuple[Tensor, Tensor]]  # writers times their decay up to the end of the run; that of the run
+
+
+def _runs(x: Tensor, g: Tensor) -> _Runs:
+    """Of writers x and log decays g `(..., C, D)`."""
+    c = _cut(g, _RUN).cumsum(-2)
+    middle, end = c[..., _RUN // 2 - 1 : _RUN // 2, :], c[..., -1:, :]
+    first, second = middle.exp(), (end - middle).exp()
+    writers = _cut(x, _RUN) * (middle - c).exp()
+    longer = [(writers * second, first * second)]
+    while longer[-1][1].shape[-3] > 1:
+        (x, y), (before, after) = (_pairwise(t) for t in longer[-1])
+        longer.append((torch.cat([x * after, y], dim=-2), before * after))
+    return _Runs((c - middle).exp(), first, writers, longer)
+
+
+def _met(q: Tensor, runs: _Runs) -> tuple[Tensor, Tensor]:
+    """Pairs of queries with the writers of runs, and the queries as readers of the state before the chunk."""
+    q = _cut(q, _RUN) * runs.after
+    pairs = (q @ runs.writers.mT).tril()
+    q = q * runs.first
+    for writers, total in runs.longer[:-1]:
+        (early, late), (x, y) = _pairwise(q), _pairwise(pairs)
+        across = late @ _pairwise(writers)[0].mT
+        pairs = torch.cat([F.pad(x, (0, x.shape[-1])), torch.cat([across, y], dim=-1)], dim=-2)
+        q = torch.cat([early, late * _pairwise(total)[0]], dim=-2)
+    return pairs.squeeze(-3), q.squeeze(-3)
+
+
+def _decayed_values(weights: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of lower triangular weights `(..., C, C)`, values and their log decays `(..., C, V)`:
+
+    `sum_j w_ij v_jm exp(c_im - c_jm)`; the decay since the chunk began; values as they leave it; the decay
+    over it `(..., 1, V)`.
+    """
+    runs = _runs(v, g)
+    out = _diagonal(weights, _RUN) @ runs.writers * runs.after
+    entering = runs.after * runs.first
+    for writers, total in runs.longer[:-1]:
+        size = writers.shape[-2]
+        (x, y), (early, late) = _pairwise(out), _pairwise(entering)
+        across = _diagonal(weights, 2 * size)[..., size:, :size] @ _pairwise(writers)[0]
+        out = torch.cat([x, torch.addcmul(y, across, late)], dim=-2)
+        entering = torch.cat([early, late * _pairwise(total)[0]], dim=-2)
+    writers, total = runs.longer[-1]
+    return out.squeeze(-3), entering.squeeze(-3), writers.squeeze(-3), total.squeeze(-3)
+
+
+def _pairwise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the second of each two runs."""
+    return x[..., ::2, :, :], x[..., 1::2, :, :]
+
+
+def _diagonal(x: Tensor, size: int) -> Tensor:
+    """The blocks `(..., C / size, size, size)` on the diagonal of `(..., C, C)`."""
+    blocks = x.unflatten(-2, (-1, size)).unflatten(-1, (-1, size))
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _fitting(size: int, p: _Recurrence) -> int:
+    """A chunk of `2^n` runs, where a decay per channel needs that."""
+    if p.value_decay is None and (p.decay is None or p.decay.shape[-1] == 1):
+        return size
+    return _RUN << max(0, (-(-size // _RUN) - 1).bit_length())
+
+
+def _cut(x: Tensor, size: int) -> Tensor:
+    """`(..., N, D)` to `(..., T, C, D)`; zeros fill up the last."""
+    rest = -x.shape[-2] % size
+    return (F.pad(x, (0, 0, 0, rest)) if rest else x).unflatten(-2, (-1, size))
+
+
+def _prepared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    value_decay: Tensor | None,
+    beta: Tensor | None,
+    starts: Tensor | None,
+    state: Tensor | None,
+    scale: float,
+) -> _Recurrence:
+    wide = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
+    batch, heads, tokens, width = v.shape
+    shared = heads // q.shape[1]
+    q, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
+    if shared > 1:
+        q, k = q.repeat_interleave(shared, dim=1), k.repeat_interleave(shared, dim=1)
+    return _Recurrence(
+        q,
+        k,
+        v,
+        _clamped(log_decay, tokens, wide),
+        _clamped(value_decay, tokens, wide),
+        None if beta is None else _per_channel(beta, tokens).to(wide),
+        None if starts is None else starts[:, None, :, None],
+        v.new_zeros(batch, heads, q.shape[-1], width) if state is None else state.to(wide),
+    )
+
+
+def _per_channel(g: Tensor, tokens: int) -> Tensor:
+    """`(B, H, N)` or `(B, H, N, D)` to `(B, H, N, 1 or D)`, with the axis of tokens in full."""
+    g = g[..., None] if g.ndim == 3 else g
+    return g.expand(-1, -1, tokens, -1)
+
+
+def _clamped(g: Tensor | None, tokens: int, dtype: torch.dtype) -> Tensor | None:
+    """What decays below `exp(_LOWEST)` is gone in this precision."""
+    if g is None:
+        return None
+    g = _per_channel(g, tokens).to(dtype)
+    return g.clamp(min=_LOWEST[dtype]) if g.shape[-1] > 1 else g
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    value_decay: Tensor | None,
+    beta: Tensor | None,
+    starts: Tensor | None,
+    state: Tensor | None,
+) -> None:
+    if not q.ndim == k.ndim == v.ndim == 4 or q.shape != k.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise AttentionError(f"a scan takes q and k (B, Hk, N, D) and v (B, H, N, V), not {shapes}")
+    batch, heads, tokens, width = v.shape
+    if (q.shape[0], q.shape[2]) != (batch, tokens) or tokens == 0:
+        raise AttentionError(f"q, k and v differ in B or N, or are empty: {tuple(q.shape)}, {tuple(v.shape)}")
+    if q.shape[1] == 0 or heads % q.shape[1]:
+        raise AttentionError(f"{heads} value heads are not divisible by {q.shape[1]} query/key heads")
+    _check_rate("log_decay", log_decay, (batch, heads, tokens, q.shape[-1]))
+    _check_rate("value_decay", value_decay, (batch, heads, tokens, width))
+    _check_rate("beta", beta, (batch, heads, tokens))
+    if beta is not None and value_decay is not None:
+        raise AttentionError("the delta rule (beta) does not go with a decay of the value channels")
+    if starts is not None and (starts.dtype != torch.bool or tuple(starts.shape) != (batch, tokens)):
+        raise AttentionError(f"starts is bool (B, N), not {starts.dtype} {tuple(starts.shape)}")
+    if state is not None and tuple(state.shape) != (batch, heads, q.shape[-1], width):
+        raise AttentionError(
+            f"the state is (B, H, D, V) = {(batch, heads, q.shape[-1], width)}, not {tuple(state.shape)}"
+        )
+
+
+def _check_rate(name: str, rate: Tensor | None, sizes: tuple[int, ...]) -> None:
+    if rate is None:
+        return
+    fits = 3 <= rate.ndim <= len(sizes) and all(
+        have in (1, want) for have, want in zip(rate.shape, sizes, strict=False)
+    )
+    if not fits:
+        raise AttentionError(f"{name} {tuple(rate.shape)} does not fit {sizes}, with or without the channels")

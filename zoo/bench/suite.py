@@ -1,0 +1,111 @@
+"""Suites: jobs beside their peers with the ratio that is asked for, and costs over sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from omegaconf import DictConfig
+
+from zoo.bench.compare import Job, compare, scaling
+from zoo.bench.machine import chosen_device, machine
+from zoo.bench.report import Report
+from zoo.bench.timing import Call, pinned
+from zoo.errors import ConfigError, UnknownName, did_you_mean
+from zoo.registry import load_object
+
+SUITES = {"primitives": "zoo.bench.attention:SUITE"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job beside its peer; `build` makes the inputs when its turn comes."""
+
+    name: str
+    """What is done and at which size, e.g. "causal window of 128, N = 1,024"."""
+    build: Callable[[torch.device], Job]
+    target: float | None = None
+    """Times faster than the peer that is asked for."""
+    tolerance: float = 1e-4
+    """Relative difference of the results that rounding allows."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Cost over sizes: `build(size, device)` gives the call that is measured."""
+
+    name: str
+    build: Callable[[int, torch.device], Call]
+    sizes: tuple[int, ...] = (1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a module of benchmarks offers."""
+
+    cases: tuple[Case, ...]
+    growth: tuple[Growth, ...] = ()
+
+    @classmethod
+    def join(cls, suites: Iterable[Suite]) -> Suite:
+        suites = tuple(suites)
+        return cls(
+            tuple(case for suite in suites for case in suite.cases),
+            tuple(growth for suite in suites for growth in suite.growth),
+        )
+
+    def only(self, pattern: str) -> Suite:
+        """Those whose name has `pattern` in it, a part or a glob.
+
+        Raises:
+            UnknownName: none.
+        """
+
+        def fits(part: Case | Growth) -> bool:
+            return fnmatchcase(part.name.lower(), f"*{pattern.lower()}*")
+
+        found = Suite(tuple(filter(fits, self.cases)), tuple(filter(fits, self.growth)))
+        if not found.cases and not found.growth:
+            names = [part.name for part in (*self.cases, *self.growth)]
+            raise UnknownName(f"Nothing in the suite is like {pattern!r}. It has: {'; '.join(names)}.")
+        return found
+
+
+def run_suite(cfg: DictConfig) -> Report:
+    """Time and memory of `cfg.suite`, or of what in it is like `cfg.only`.
+
+    Raises:
+        ConfigError: no such suite or device.
+        UnknownName: nothing in it is like `cfg.only`.
+        ZooError: a job and its peer do not compute the same.
+    """
+    if cfg.suite not in SUITES:
+        hint = did_you_mean(cfg.suite, SUITES)
+        raise ConfigError(f"There is no suite {cfg.suite!r}.{hint} Suites: {', '.join(SUITES)}.")
+    device = chosen_device(cfg.device)
+    suite: Suite = load_object(SUITES[cfg.suite]).only(cfg.only or "*")
+    with pinned(cfg.threads):
+        torch.manual_seed(cfg.seed)
+        rows = tuple(
+            dataclasses.replace(
+                compare(case.build(device), tolerance=case.tolerance, repeats=cfg.repeats, device=device),
+                name=case.name,
+                target=case.target,
+            )
+            for case in suite.cases
+        )
+        curves = tuple(
+            scaling(
+                growth.name,
+                lambda size, growth=growth: growth.build(size, device),
+                growth.sizes,
+                repeats=cfg.repeats,
+                device=device,
+            )
+            for growth in suite.growth
+        )
+    settings = {key: cfg[key] for key in ("suite", "only", "repeats")}
+    return Report(f"suite {cfg.suite}", settings, machine(device), rows, curves)
