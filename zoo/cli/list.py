@@ -6,7 +6,6 @@ import itertools
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from zoo.cli.console import console
@@ -60,6 +59,7 @@ HEADINGS = {
     "cache": "cache",
     "any_length": "any\nN",
     "batch_invariant": "row\nalone",
+    "maps": "maps",
 }
 """Of the fields of `Supports`."""
 
@@ -68,10 +68,10 @@ def attention_table() -> Table:
     """A row for each attention layer, family by family: what it supports, as the layer itself says."""
     from zoo.attention.layers import LAYERS
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("layer", no_wrap=True)
     for heading in HEADINGS.values():
-        table.add_column(heading, justify="center")
+        table.add_column(heading, justify="center", no_wrap=True)
     table.add_column("arXiv", no_wrap=True)
     by_family = sorted(LAYERS, key=lambda name: (LAYERS[name].family, name))
     for family, names in itertools.groupby(by_family, key=lambda name: LAYERS[name].family):

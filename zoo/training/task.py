@@ -223,11 +223,12 @@ class Task(pl.LightningModule):
 
 
 def new_model(cfg: DictConfig, data: DataModule) -> nn.Module:
-    """The model of `cfg.model`, with the arguments that the data decide where the config leaves them open."""
-    options = {str(key): value for key, value in cfg.model.items() if key != "name" and value is not None}
+    """The model of `cfg.model`; what the config leaves out, or null, of what the data decide, they decide."""
     accepted = model_signature(cfg.model.name)
     given = {key: value for key, value in data.model_kwargs().items() if key in accepted}
-    return create_model(cfg.model.name, **(given | options))
+    options = {str(key): value for key, value in cfg.model.items() if key != "name"}
+    chosen = {key: value for key, value in options.items() if value is not None or key not in given}
+    return create_model(cfg.model.name, **(given | chosen))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from zoo.attention import AttentionError
 from zoo.attention.layers import LAYERS
 from zoo.config import compose
 from zoo.errors import CheckpointError, ConfigError, UnknownName
+from zoo.training.task import new_model
 from zoo.weights.checkpoint import save_model
 
 N, P, Q, DAY = 8, 8, 8, 24
@@ -137,3 +139,12 @@ def test_config_takes_a_name_a_mapping_or_keys() -> None:
     assert chosen("model.attention.name=mla", "model.attention.kv_rank=8") == {"name": "mla", "kv_rank": 8}
     with pytest.raises(ConfigError, match=r"model\.attention\.kv_rank"):
         chosen("model.attention.name=mla", "model.attention.kv_rnak=8")
+
+
+@pytest.mark.parametrize("name", ["st_llm", "st_link"])
+def test_the_configs_that_train_from_scratch_freeze_nothing(name: str) -> None:
+    config = compose("train", ["domain=traffic", f"model={name}", "model.width=48", "model.num_nodes=null"])
+    data: Any = SimpleNamespace(model_kwargs=lambda: SIZES)
+    model = new_model(config, data)
+    assert model.num_nodes == N  # null where the data decide leaves it to them; elsewhere it is a value
+    assert all(p.requires_grad for p in model.parameters())

@@ -15,6 +15,7 @@ B, N, DIM, HEADS = 3, 12, 32, 4
 SMALL: dict[str, dict[str, Any]] = {
     "affine_scaled": {},
     "based": {"feature_dim": 4},
+    "bilevel": {"regions": 3, "topk": 2},
     "cascaded": {"key_dim": 8},
     "cca": {"num_kv_heads": 2, "head_dim": 8},
     "deltanet": {},
@@ -275,12 +276,22 @@ def test_an_auxiliary_loss_is_collected_once_and_only_in_training(name: str) -> 
     assert auxiliary_loss(layer) == 0
 
 
-@pytest.mark.parametrize("name", ["multihead", "gated", "sinks", "mla", "kdgqa", "local", "s2"])
+@layers(maps=True)
 def test_capture_finds_the_maps(name: str) -> None:
-    layer = build(name)
+    layer, x = build(name), tokens()
+    expected = layer(x)
     with capture(layer) as maps:
+        close(layer(x), expected)
+    for recorded in maps.values():
+        assert recorded.weights.shape[-1] <= N
+        assert (recorded.weights >= 0).all()
+
+
+@layers(maps=False)
+def test_a_recurrence_says_that_it_has_no_maps(name: str) -> None:
+    layer = build(name)
+    with pytest.raises(AttentionError, match="no attention captured"), capture(layer):
         layer(tokens())
-    assert maps
 
 
 @layers()

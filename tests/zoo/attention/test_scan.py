@@ -414,7 +414,7 @@ def test_mistakes_are_told(changes: dict[str, Any], message: str) -> None:
         ("deltanet", {"kernel": 0}, "positive kernel"),
         ("kda", {"value_heads": 3}, "3 value heads are not divisible by 2"),
         ("lightning", {"layer": 2, "num_layers": 2}, "not one of 2"),
-        ("gla", {"expand_k": 0.03}, "key width"),
+        ("gla", {"expand_k": 0.03}, "width 0 is not divisible"),
     ],
 )
 def test_mistakes_in_layers_are_told(name: str, options: dict[str, Any], message: str) -> None:

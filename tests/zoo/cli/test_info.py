@@ -52,8 +52,8 @@ def test_info_shows_card_arguments_and_licence() -> None:
 
 
 def test_list_attention_shows_what_each_layer_says_it_can() -> None:
-    rows = [line for line in _run(list.app, "attention").splitlines() if line.startswith("  ")]
-    found = {line.split()[0]: line.split()[1:] for line in rows if line.split()[1:]}
+    rows = [line.split() for line in _run(list.app, "attention").splitlines()]
+    found = {name: marks for name, *marks in filter(None, rows) if "x" in marks}
     for name, layer in LAYERS.items():
         can = [getattr(layer.supports, prop) for prop in list.HEADINGS]
         assert found[name].count("x") == sum(can), name

@@ -39,6 +39,8 @@ class Supports:
     """Takes any number of tokens; otherwise a multiple of something, or at least so many."""
     batch_invariant: bool = True
     """A row alone gives what it gives in a batch."""
+    maps: bool = True
+    """`capture` records what its queries attend to; a recurrence has no weights to record."""
 
 
 class AttentionLayer(nn.Module):

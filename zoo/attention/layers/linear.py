@@ -48,7 +48,7 @@ class RecurrentLayer(AttentionLayer):
     A packed document is a run of equal ids.
     """
 
-    supports = Supports(causal=True, padding=True, packed=True, cache=True)
+    supports = Supports(causal=True, padding=True, packed=True, cache=True, maps=False)
     causal = True
 
     def init_cache(self, batch_size: int) -> StateCache:
@@ -137,7 +137,9 @@ class LinearAttention(_Projected, name="linear"):
         bias: of all four projections.
     """
 
-    supports = Supports(bidirectional=True, causal=True, cross=True, padding=True, packed=True, cache=True)
+    supports = Supports(
+        bidirectional=True, causal=True, cross=True, padding=True, packed=True, cache=True, maps=False
+    )
     paper = "https://arxiv.org/abs/2006.16236"
 
     def __init__(
