@@ -84,12 +84,12 @@ def _case(name: str, made: Made, peer: Masked, target: float | None = None) -> C
     return Case(name, build, target)
 
 
-def _growth(name: str, made: Made) -> Growth:
+def _growth(name: str, made: Made, sizes: tuple[int, ...] = (1024, 2048, 4096, 8192)) -> Growth:
     def build(n: int, device: torch.device) -> Call:
         inputs = _tensors(n, 2, 32, device)
         return lambda: _trained(_ours(made, n, device), inputs)
 
-    return Growth(name, build)
+    return Growth(name, build, sizes)
 
 
 SUITE = Suite(
@@ -102,7 +102,7 @@ SUITE = Suite(
         _case("documents of 8 to 64 tokens, N = 1,024, dense-mask softmax", _documents, _softmax),
     ),
     growth=(
-        _growth("causal window of 128", _window),
+        _growth("causal window of 128", _window, (1024, 2048, 4096, 8192, 16384)),
         _growth("2-D neighbourhood, kernel 7", _neighbourhood),
         _growth("shifted windows of 8 x 8", _windows),
         _growth("documents of 8 to 64 tokens", _documents),
