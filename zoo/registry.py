@@ -9,6 +9,7 @@ import inspect
 import json
 import pkgutil
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import CheckpointError, ConfigError, UnknownName, did_you_mean
-from zoo.weights.cards import WeightCard, weight_card
+from zoo.weights.cards import WeightCard, is_non_commercial, weight_card
 from zoo.weights.checkpoint import (
     LoadReport,
     check_fit,
@@ -62,12 +63,12 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class Domain:
-    """What a domain offers, each part as `"package.module:attribute"`, imported on `load`."""
+    """What a domain offers, each part as `"package.module:attribute"`, imported on `load`; empty: none."""
 
     name: str
     summary: str
-    task: str
-    data: str
+    task: str = ""
+    data: str = ""
     predict: str = ""
     bench: str = ""
     example_inputs: str = ""
@@ -206,15 +207,20 @@ def list_models(pattern: str = "*") -> list[str]:
     )
 
 
-def model_card(name: str) -> ModelCard:
-    """The card of a model, its parameters counted without allocating them.
+def model_class(name: str) -> Callable[..., nn.Module]:
+    """The class that the builder of a model constructs."""
+    return _find(name).model
+
+
+def model_card(name: str, *, count: bool = True) -> ModelCard:
+    """The card of a model, its parameters counted (unless told not to) without allocating them.
 
     Raises:
         UnknownName: no such model.
     """
     entry = _find(name)
     sizes = _example_sizes(entry)
-    if _needed(entry, sizes):
+    if not count or _needed(entry, sizes):
         return entry.card
     with torch.device("meta"):
         parameters = sum(p.numel() for p in entry.builder(**sizes).parameters())
@@ -233,7 +239,7 @@ def count_flops(name: str) -> int | None:
     if domain is None or not domain.example_inputs or _needed(entry, sizes):
         return None
     arguments = {key: parameter.default for key, parameter in _signature(entry).items()} | sizes
-    with FlopCounterMode(display=False) as counter, backend("reference"), torch.no_grad():
+    with FlopCounterMode(display=False) as counter, backend("blocked"), torch.no_grad():
         entry.builder(**sizes).eval()(*domain.load("example_inputs")(**arguments))
     return counter.get_total_flops()
 
@@ -245,7 +251,10 @@ def model_signature(name: str) -> dict[str, inspect.Parameter]:
 
 def argument_docs(name: str) -> dict[str, str]:
     """What each constructor argument of a model means, from the `Args:` section of its class's docstring."""
-    return documented(_find(name).model)
+    docs: dict[str, str] = {}
+    for cls in reversed(_constructors(_find(name).model)):
+        docs |= documented(cls)
+    return docs
 
 
 def documented(thing: Any) -> dict[str, str]:
@@ -288,12 +297,25 @@ def _find(name: str) -> _Entry:
 def _signature(entry: _Entry) -> dict[str, inspect.Parameter]:
     """The class's parameters, the builder's own in place of those of the same name."""
     named = {}
-    for function in (entry.model, entry.builder):
+    for function in (*reversed(_constructors(entry.model)), entry.builder):
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 named[parameter.name] = parameter
     named.pop("pretrained", None)
     return named
+
+
+def _constructors(model: Callable[..., nn.Module]) -> list[Callable[..., Any]]:
+    """The class, and its bases as far as constructors hand on further keywords."""
+    found: list[Callable[..., Any]] = []
+    for cls in inspect.getmro(model) if inspect.isclass(model) else [model]:
+        if cls is not model and "__init__" not in vars(cls):
+            continue
+        found.append(cls)
+        parameters = inspect.signature(cls).parameters.values()
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return [cls for cls in found if cls is not nn.Module]
 
 
 def _example_sizes(entry: _Entry) -> dict[str, Any]:
@@ -320,9 +342,11 @@ def create_model(
     """Build a model by name.
 
     Args:
-        name: `"gman"`, or with its domain `"traffic/gman"` (which imports only that domain).
-        pretrained: load the weights of the model's first checkpoint card, or of the card of this name.
-        checkpoint_path: load these weights; a checkpoint of ours also brings the arguments it was built with.
+        name: `"gman"`, or with its domain `"traffic/gman"` (which imports only that domain); `"gman.TAG"`
+            chooses the checkpoint card `gman_TAG` where pretrained=True.
+        pretrained: load the weights of the model's first checkpoint card, or of the card of this name or tag.
+        checkpoint_path: load these weights, own or in the official layout; a checkpoint of ours also brings
+            the arguments it was built with.
         overrides: constructor arguments; they win over those of a checkpoint.
 
     Returns:
@@ -334,7 +358,10 @@ def create_model(
         ConfigError: an argument the model does not have, or one that is missing or cannot be stored.
         CheckpointError: the weights do not belong to this model.
     """
+    name, _, tag = name.partition(".")
     entry = _find(name)
+    if tag:
+        pretrained = _choose_card(entry, tag).name if pretrained is True else pretrained
     config = _checked(entry, overrides)
     if pretrained and checkpoint_path is not None:
         raise ConfigError("Give pretrained or checkpoint_path, not both.")
@@ -386,7 +413,10 @@ def _from_checkpoint(entry: _Entry, path: str | Path, config: dict[str, Any]) ->
     if stored["name"] != entry.card.name:
         raise CheckpointError(f"{path} holds a {stored['name']!r}, not a {entry.card.name!r}.")
     model = _build(entry, stored["config"] | config)
-    load_state(model, state, source=str(path))
+    if meta:
+        load_state(model, state, source=str(path))
+    else:
+        _load(entry, model, state, str(path))
     return model
 
 
@@ -399,6 +429,8 @@ def _choose_card(entry: _Entry, pretrained: bool | str) -> WeightCard:
         )
     if pretrained is True:
         return weight_card(names[0])
+    if f"{entry.card.name}_{pretrained}" in names:
+        return weight_card(f"{entry.card.name}_{pretrained}")
     if pretrained not in names:
         raise UnknownName(
             f"Model {entry.card.name!r} has no weights {pretrained!r}.{did_you_mean(str(pretrained), names)} "
@@ -464,13 +496,54 @@ def to_official(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -
     Args:
         tensors: map these instead, given by our names; the gradients, for example.
     """
+    layout = _layout(_entry_of(model))
+    return layout.to_official(dict(model.state_dict() if tensors is None else tensors), model)
+
+
+def load_weights(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor | np.ndarray]) -> LoadReport:
+    """Fill a model of this zoo from a checkpoint of ours, or of its official program.
+
+    An official file is fitted to the model where its layout knows how: to other input channels, other classes
+    or a backbone without head.
+
+    Raises:
+        CheckpointError: tensors missing, left over or of another shape.
+    """
+    if isinstance(checkpoint, Mapping):
+        state, source = _as_tensors(checkpoint), "The given state dict"
+    else:
+        state, source = read_state_dict(checkpoint), str(checkpoint)
+    return _load(_entry_of(model), model, state, source)
+
+
+def _load(entry: _Entry, model: nn.Module, state: dict[str, Tensor], source: str) -> LoadReport:
+    if entry.official is None or state.keys() == model.state_dict().keys():
+        return load_state(model, state, source=source)
+    return _fill(entry, model, _canonical(entry, state), source, fit=True)
+
+
+def in_own_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state dict in the official layout of a model, under our names; any other as it is."""
+    if "zoo_config" not in model.__dict__ or state_dict.keys() == model.state_dict().keys():
+        return state_dict
+    entry = _entry_of(model)
+    if entry.official is None:
+        return state_dict
+    layout, state = entry.official, _canonical(entry, dict(state_dict))
+    official = layout.to_official(model.state_dict(), model)
+    if {key for key in official if not matches(key, layout.ignored)} != state.keys():
+        return state_dict
+    _notice(entry)
+    return layout.to_zoo(state, model)
+
+
+def _entry_of(model: nn.Module) -> _Entry:
     built = getattr(model, "zoo_config", None)
     if built is None:
         raise CheckpointError(
             f"This {type(model).__name__} was not built by zoo.create_model, so its layout is unknown."
         )
-    entry = _find(f"{built['domain']}/{built['name']}")
-    return _layout(entry).to_official(dict(model.state_dict() if tensors is None else tensors), model)
+    return _find(f"{built['domain']}/{built['name']}")
 
 
 def _from_official(
@@ -482,20 +555,42 @@ def _from_official(
 ) -> tuple[nn.Module, LoadReport]:
     layout, name = _layout(entry), entry.card.name
     _check_options(layout, name, official_config)
-    state = {key: value for key, value in state.items() if not matches(key, layout.ignored)}
+    state = _canonical(entry, state)
     try:
         config = layout.config(state, **official_config)
     except KeyError as error:
         reason = f"it has no tensor {error}"
         raise CheckpointError(f"{source} is no official checkpoint of {name!r}: {reason}.") from None
     model = _build(entry, _checked(entry, config) | overrides)
+    return model, _fill(entry, model, state, source, fit=bool(overrides))
+
+
+def _notice(entry: _Entry) -> None:
+    """Says so where official weights may not be used commercially."""
+    name, licence = entry.card.name, entry.card.licence
+    if is_non_commercial(licence):
+        warnings.warn(
+            f"The official weights of {name!r} are under {licence}: no commercial use.", stacklevel=5
+        )
+
+
+def _canonical(entry: _Entry, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    layout = _layout(entry)
+    return {key: value for key, value in layout.canonical(state).items() if not matches(key, layout.ignored)}
+
+
+def _fill(entry: _Entry, model: nn.Module, state: dict[str, Tensor], source: str, *, fit: bool) -> LoadReport:
+    layout, name = _layout(entry), entry.card.name
+    _notice(entry)
     dispensable = (*layout.ignored, *layout.optional)
     official = layout.to_official(model.state_dict(), model)
+    if fit:
+        state = layout.fitted(state, official, model)
     expected = {
         key: value for key, value in official.items() if key in state or not matches(key, dispensable)
     }
     check_fit(state, expected, source=source, target=f"official {name}")
-    return model, load_state(model, layout.to_zoo(state, model), skip=layout.unofficial, source=source)
+    return load_state(model, layout.to_zoo(state, model), skip=layout.unofficial, source=source)
 
 
 def _layout(entry: _Entry) -> type[OfficialLayout]:

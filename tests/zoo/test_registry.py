@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -165,6 +166,37 @@ class TestModels:
             "scale": "stored only.",
         }
         assert argument_docs("toy_net") == expected
+
+    def test_arguments_that_a_class_hands_to_its_base_are_known(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Base(torch.nn.Module):
+            """A class.
+
+            Args:
+                base: of the base.
+            """
+
+            def __init__(self, *, base: int = 1, shared: int = 2) -> None:
+                super().__init__()
+
+        class Derived(Base):
+            """A class.
+
+            Args:
+                own: of the class.
+            """
+
+            def __init__(self, *, own: int = 3, shared: int = 4, **options: int) -> None:
+                super().__init__(shared=shared, **options)
+
+        entry = dataclasses.replace(
+            registry._MODELS["toy_deep"], model=Derived, builder=lambda **_: Derived()
+        )
+        monkeypatch.setitem(registry._MODELS, "toy_deep", entry)
+        found = {key: p.default for key, p in model_signature("toy_deep").items()}
+        assert found == {"base": 1, "shared": 4, "own": 3}
+        assert argument_docs("toy_deep") == {"base": "of the base.", "own": "of the class."}
 
     def test_a_name_belongs_to_one_domain(self) -> None:
         def toy_net() -> torch.nn.Module:

@@ -135,7 +135,7 @@ def _fused(tile: Tile, bias: Tensor | None, p: Problem) -> tuple[Tensor, Tensor 
         dropout_p=p.dropout,
         is_causal=is_causal,
         scale=p.scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=bool(q.shape[1] != k.shape[1]),
     )
     return out[..., : tile.v.shape[-1]], None
 

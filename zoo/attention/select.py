@@ -59,7 +59,7 @@ def listed(index: Tensor, number: int) -> Tensor:
     """Bool `(..., number)`: which of so many candidates stand in the indices `(..., S)`."""
     at = torch.where(index < 0, number, index.clamp(max=number))  # the last column is dropped
     table = torch.zeros(*index.shape[:-1], number + 1, dtype=torch.bool, device=index.device)
-    return table.scatter(-1, at, True)[..., :number]
+    return table.scatter(-1, at, 1)[..., :number]
 
 
 def by_rows(

@@ -227,8 +227,10 @@ def new_model(cfg: DictConfig, data: DataModule) -> nn.Module:
     accepted = model_signature(cfg.model.name)
     given = {key: value for key, value in data.model_kwargs().items() if key in accepted}
     options = {str(key): value for key, value in cfg.model.items() if key != "name"}
-    chosen = {key: value for key, value in options.items() if value is not None or key not in given}
-    return create_model(cfg.model.name, **(given | chosen))
+    chosen: dict[str, Any] = given | {
+        key: value for key, value in options.items() if value is not None or key not in given
+    }
+    return create_model(cfg.model.name, **chosen)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -25,6 +25,11 @@ class OfficialLayout:
     """Globs of our names that no official file holds, e.g. a graph buffer that `bind` fills."""
 
     @staticmethod
+    def canonical(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The file under the official names and shapes of today, where other published ones exist."""
+        return state_dict
+
+    @staticmethod
     def config(state_dict: dict[str, Tensor], **official_config: Any) -> dict[str, Any]:
         """Constructor arguments of ours, from shapes in `state_dict` and the official program's options.
 
@@ -41,3 +46,15 @@ class OfficialLayout:
     def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Our tensors under official names. Linear in the values, so it maps gradients as well."""
         raise NotImplementedError
+
+    @classmethod
+    def fitted(
+        cls, state_dict: dict[str, Tensor], expected: dict[str, Tensor], model: nn.Module
+    ) -> dict[str, Tensor]:
+        """Official tensors made to fit a model that was built with other arguments than the file stands for.
+
+        Args:
+            state_dict: the file.
+            expected: the official tensors of the model at init, which stand in for what the file cannot give.
+        """
+        return state_dict
