@@ -1,4 +1,4 @@
-"""BiFormer (CVPR 2023, arXiv 2303.08810) in the plain layout: the peer of `zoo bench domain=vision`.
+"""BiFormer (CVPR 2023, arXiv 2303.08810) in the plain layout: the peer of `zoo bench suite=vision`.
 
 The same function as `domains.vision.models.biformer`, laid out as it is described: the map is cut into
 regions, `torch.gather` copies the keys and values of the k chosen regions for every region, attention keeps

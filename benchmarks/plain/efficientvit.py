@@ -1,4 +1,4 @@
-"""EfficientViT (Liu et al., CVPR 2023) in the plain layout: the peer of `zoo bench domain=vision`.
+"""EfficientViT (Liu et al., CVPR 2023) in the plain layout: the peer of `zoo bench suite=vision`.
 
 The same function as `domains.vision.models.efficientvit`, laid out as the paper reads: contiguous NCHW maps,
 every 1x1 convolution a convolution, one call for each head's projection, convolution, scores and output, and

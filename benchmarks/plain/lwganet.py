@@ -1,4 +1,4 @@
-"""LWGANet (AAAI 2026, arXiv 2501.10040) in the plain layout: the peer of `zoo bench domain=vision`.
+"""LWGANet (AAAI 2026, arXiv 2501.10040) in the plain layout: the peer of `zoo bench suite=vision`.
 
 The same function as `domains.vision.models.lwganet`, laid out as it is described: four strip convolutions on
 the medium range, two of them between a skew of the map and its inverse; pooling that keeps an index per cell;

@@ -7,9 +7,9 @@
 Three forms compute it. `step` is the definition, token by token. `chunk` is exact too: inside a chunk all
 pairs of tokens at once, from chunk to chunk the state; time and memory are linear in N. `parallel` is one
 chunk of N tokens. The delta rule inside a chunk is a triangular system (Yang et al. 2024, DeltaNet, section
-3.2). With a decay per channel, a pair of tokens meets at a border between them: what the query has lost
-since, times what the key loses up to it (Yang et al. 2024, GLA, section 4). Borders halve a chunk down to
-runs of few tokens, which meet in their middle.
+3.2). With a decay per channel, a pair of tokens meets at a place between them: what the query has
+lost since, times what the key loses up to it (Yang et al. 2024, GLA, section 4). A chunk is cut into runs of
+few tokens: those of one run meet in its middle, those of two in the middle of the later run.
 
 Shapes: B batch, H heads, N tokens, D key width, V value width; in chunks T chunks of C tokens.
 """
@@ -71,7 +71,7 @@ def scan(
         state: `(B, H, D, V)`, that of an earlier call; zeros by default.
         scale: of the queries, `D ** -0.5` by default.
         form: by default `step` for one token, else `chunk`.
-        chunk: tokens per chunk; with a decay per channel rounded up to 8, 16, 32, ...
+        chunk: tokens per chunk; with a decay per channel rounded up to a multiple of 8.
 
     Returns:
         `(B, H, N, V)` in the dtype of v, and the state after the last token in float32 or wider.
@@ -172,7 +172,7 @@ def _chunkwise(p: _Recurrence, size: int) -> tuple[Tensor, Tensor]:
     else:
         corrections = None if rates is None else _inverse(pairs[1] * rates) * rates.mT
         before, written, state = _carried(p.state, readers, writers, v, carry, corrections)
-        out = pairs[0] @ written + before
+        out = (pairs[0] @ written).add_(before)
     return out.flatten(2, 3)[:, :, :tokens], state
 
 
@@ -234,44 +234,55 @@ def _decayed(
         return pairs, [q * entering for q in queries], k * kept[..., -1:, :].mT, entering[..., -1:, :]
     runs = _runs(k, g)
     pairs, readers = zip(*(_met(q, runs) for q in queries), strict=True)
-    writers, total = runs.longer[-1]
-    return [*pairs], [*readers], writers.squeeze(-3), total.squeeze(-3).mT
+    return [*pairs], [*readers], runs.leaving, runs.total.mT
 
 
 class _Runs(NamedTuple):
-    """Writers (keys, or values) with a decay per channel, in T runs of `_RUN` tokens, of twice as many and so
-    on up to the whole chunk. `_LOWEST` keeps everything finite."""
+    """Writers (keys, or values) with a decay per channel, in n runs of `_RUN` tokens. `_LOWEST` keeps
+    everything finite."""
 
-    after: Tensor  # decay since the middle of a run (before it, the inverse), (..., T, _RUN, D)
-    first: Tensor  # decay of the first half of each run, (..., T, 1, D)
-    writers: Tensor  # times their decay up to the middle, (..., T, _RUN, D)
-    longer: list[tuple[Tensor, Tensor]]  # writers times their decay up to the end of the run; that of the run
+    after: Tensor  # decay since the middle of the run (before it, the inverse), (..., n, _RUN, D)
+    writers: Tensor  # times their decay up to the middle of their run, (..., n, _RUN, D)
+    ahead: list[Tensor]  # [d - 1]: up to the middle of the run d further, (..., n - d, _RUN, D)
+    entering: Tensor  # decay since the chunk began up to the middle of a run, (..., n, 1, D)
+    leaving: Tensor  # writers times their decay up to the end of the chunk, (..., C, D)
+    total: Tensor  # decay over the chunk, (..., 1, D)
 
 
 def _runs(x: Tensor, g: Tensor) -> _Runs:
     """Of writers x and log decays g `(..., C, D)`."""
     c = _cut(g, _RUN).cumsum(-2)
     middle, end = c[..., _RUN // 2 - 1 : _RUN // 2, :], c[..., -1:, :]
-    first, second = middle.exp(), (end - middle).exp()
-    writers = _cut(x, _RUN) * (middle - c).exp()
-    longer = [(writers * second, first * second)]
-    while longer[-1][1].shape[-3] > 1:
-        (x, y), (before, after) = (_pairwise(t) for t in longer[-1])
-        longer.append((torch.cat([x * after, y], dim=-2), before * after))
-    return _Runs((c - middle).exp(), first, writers, longer)
+    writers = _cut(x, _RUN) * (middle - c).exp_()
+    until = writers * (end - middle).exp_()
+    ahead, between = [], torch.zeros_like(end)  # between: log decay over the runs that are skipped
+    for d in range(1, c.shape[-3]):
+        between = between[..., :-1, :, :]
+        ahead.append(until[..., :-d, :, :] * (between + middle[..., d:, :, :]).exp_())
+        between = between + end[..., d:, :, :]
+    before = F.pad(end[..., :-1, :, :], (0, 0, 0, 0, 1, 0)).cumsum(-3)
+    behind = F.pad(end[..., 1:, :, :], (0, 0, 0, 0, 0, 1)).flip(-3).cumsum(-3).flip(-3)
+    return _Runs(
+        (c - middle).exp_(),
+        writers,
+        ahead,
+        (before + middle).exp_(),
+        (until * behind.exp()).flatten(-3, -2),
+        end.sum(-3).exp(),
+    )
 
 
 def _met(q: Tensor, runs: _Runs) -> tuple[Tensor, Tensor]:
     """Pairs of queries with the writers of runs, and the queries as readers of the state before the chunk."""
     q = _cut(q, _RUN) * runs.after
-    pairs = (q @ runs.writers.mT).tril()
-    q = q * runs.first
-    for writers, total in runs.longer[:-1]:
-        (early, late), (x, y) = _pairwise(q), _pairwise(pairs)
-        across = late @ _pairwise(writers)[0].mT
-        pairs = torch.cat([F.pad(x, (0, x.shape[-1])), torch.cat([across, y], dim=-1)], dim=-2)
-        q = torch.cat([early, late * _pairwise(total)[0]], dim=-2)
-    return pairs.squeeze(-3), q.squeeze(-3)
+    blocks = [(q @ runs.writers.mT).tril()]  # on the diagonal, and d blocks below it
+    blocks += [q[..., d:, :, :] @ writers.mT for d, writers in enumerate(runs.ahead, 1)]
+    size = q.shape[-3] * _RUN
+    rows = []
+    for a in range(q.shape[-3]):
+        row = torch.cat([blocks[d][..., a - d, :, :] for d in range(a, -1, -1)], dim=-1)
+        rows.append(F.pad(row, (0, size - row.shape[-1])))
+    return torch.cat(rows, dim=-2), (q * runs.entering).flatten(-3, -2)
 
 
 def _decayed_values(weights: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -281,34 +292,24 @@ def _decayed_values(weights: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tens
     over it `(..., 1, V)`.
     """
     runs = _runs(v, g)
-    out = _diagonal(weights, _RUN) @ runs.writers * runs.after
-    entering = runs.after * runs.first
-    for writers, total in runs.longer[:-1]:
-        size = writers.shape[-2]
-        (x, y), (early, late) = _pairwise(out), _pairwise(entering)
-        across = _diagonal(weights, 2 * size)[..., size:, :size] @ _pairwise(writers)[0]
-        out = torch.cat([x, torch.addcmul(y, across, late)], dim=-2)
-        entering = torch.cat([early, late * _pairwise(total)[0]], dim=-2)
-    writers, total = runs.longer[-1]
-    return out.squeeze(-3), entering.squeeze(-3), writers.squeeze(-3), total.squeeze(-3)
+    out = _blocks(weights, 0) @ runs.writers
+    for d, writers in enumerate(runs.ahead, 1):
+        out = out + F.pad(_blocks(weights, d) @ writers, (0, 0, 0, 0, d, 0))
+    entering = runs.after * runs.entering
+    return (out * runs.after).flatten(-3, -2), entering.flatten(-3, -2), runs.leaving, runs.total
 
 
-def _pairwise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the second of each two runs."""
-    return x[..., ::2, :, :], x[..., 1::2, :, :]
-
-
-def _diagonal(x: Tensor, size: int) -> Tensor:
-    """The blocks `(..., C / size, size, size)` on the diagonal of `(..., C, C)`."""
-    blocks = x.unflatten(-2, (-1, size)).unflatten(-1, (-1, size))
-    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+def _blocks(x: Tensor, d: int) -> Tensor:
+    """The blocks `(..., C / _RUN - d, _RUN, _RUN)` that stand d below the diagonal of `(..., C, C)`."""
+    blocks = x.unflatten(-2, (-1, _RUN)).unflatten(-1, (-1, _RUN))
+    return blocks.diagonal(-d, dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def _fitting(size: int, p: _Recurrence) -> int:
-    """A chunk of `2^n` runs, where a decay per channel needs that."""
+    """A chunk of whole runs, where a decay per channel needs that."""
     if p.value_decay is None and (p.decay is None or p.decay.shape[-1] == 1):
         return size
-    return _RUN << max(0, (-(-size // _RUN) - 1).bit_length())
+    return -(-size // _RUN) * _RUN
 
 
 def _cut(x: Tensor, size: int) -> Tensor:

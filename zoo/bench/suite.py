@@ -17,7 +17,7 @@ from zoo.bench.timing import Call, pinned
 from zoo.errors import ConfigError, UnknownName, did_you_mean
 from zoo.registry import load_object
 
-SUITES = {"primitives": "zoo.bench.attention:SUITE"}
+SUITES = {"primitives": "zoo.bench.attention:SUITE", "vision": "domains.vision.bench:SUITE"}
 
 
 @dataclass(frozen=True)

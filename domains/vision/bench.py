@@ -1,0 +1,107 @@
+"""`zoo bench suite=vision`: the backbones beside their plain layouts and beside timm, at 224 x 224."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from zoo.bench.compare import Job
+from zoo.bench.peer import load_peer
+from zoo.bench.suite import Case, Suite
+from zoo.registry import create_model, to_official
+
+PEERS = {
+    "biformer_tiny": ("biformer", "PlainBiFormer"),
+    "efficientvit_m0": ("efficientvit", "PlainEfficientViT"),
+    "lwganet_l0": ("lwganet", "PlainLWGANet"),
+}
+"""Model -> module and class in `benchmarks/plain`."""
+
+
+def settled(name: str) -> nn.Module:
+    """The model, its norms moved off their initial values so that equal results mean something."""
+    torch.manual_seed(0)
+    model = create_model(f"vision/{name}").eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)  # pyright: ignore[reportArgumentType]
+            nn.init.uniform_(module.running_var, 0.8, 1.2)  # pyright: ignore[reportArgumentType]
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+    return model
+
+
+def plain_peer(name: str, model: nn.Module) -> nn.Module:
+    """The peer with the same weights."""
+    module, kind = PEERS[name]
+    peer = getattr(load_peer(module), kind)()
+    peer.load_state_dict(to_official(model), strict=False)  # without counters and constant tables
+    return peer.eval()
+
+
+def inference(name: str, batch: int, *, fuse: bool, other: str = "", target: float | None = None) -> Case:
+    """Images to logits, the peer being the plain layout, or `other`, a model of timm. The results compared
+    are always those of the plain layout."""
+
+    def build(device: torch.device) -> Job:
+        model = settled(name)
+        peer = plain_peer(name, model).to(device)
+        ours = (model.fuse() if fuse else model).to(device)  # pyright: ignore[reportCallIssue]
+        timed = timm.create_model(other).eval().to(device) if other else peer
+        x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
+
+        def run(network: nn.Module) -> Callable[[], Tensor]:
+            return torch.inference_mode()(lambda: network(x))
+
+        return Job(name, run(ours), run(timed), run(ours), run(peer))
+
+    form = f"{name} fused" if fuse else name
+    beside = f"timm's {other.partition('_patch')[0]}" if other else "plain layout"
+    return Case(f"{form}, batch {batch}, {beside}", build, target)
+
+
+def training(name: str, batch: int) -> Case:
+    """Forward, cross entropy and backward beside the plain layout, batch norms as in evaluation."""
+
+    def build(device: torch.device) -> Job:
+        model = settled(name)
+        peer = plain_peer(name, model).to(device)
+        model = model.to(device)
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(batch, 3, 224, 224, generator=draw).to(device)
+        labels = torch.randint(1000, (batch,), generator=draw).to(device)
+
+        def step(network: nn.Module) -> Callable[[], Tensor]:
+            def run() -> Tensor:
+                network.zero_grad()
+                loss = nn.functional.cross_entropy(network(x), labels)
+                loss.backward()
+                return loss
+
+            return run
+
+        ours, theirs = step(model), step(peer)
+        return Job(name, ours, theirs, ours, theirs)
+
+    return Case(f"{name}, training step, batch {batch}, plain layout", build)
+
+
+SUITE = Suite(
+    (
+        inference("biformer_tiny", 1, fuse=False, other="swin_tiny_patch4_window7_224", target=1 / 0.65),
+        inference("biformer_tiny", 1, fuse=False),
+        inference("biformer_tiny", 8, fuse=False),
+        training("biformer_tiny", 8),
+        inference("efficientvit_m0", 1, fuse=True, other="efficientvit_m0", target=1.5),
+        inference("efficientvit_m0", 8, fuse=True, other="efficientvit_m0", target=1.0),
+        inference("efficientvit_m0", 32, fuse=True, other="efficientvit_m0", target=1.0),
+        inference("efficientvit_m0", 1, fuse=True),
+        training("efficientvit_m0", 8),
+        inference("lwganet_l0", 1, fuse=True, target=1.6),
+        inference("lwganet_l0", 1, fuse=False),
+        inference("lwganet_l0", 8, fuse=True),
+        training("lwganet_l0", 8),
+    )
+)
