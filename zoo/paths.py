@@ -24,11 +24,6 @@ def cards_dir() -> Path:
     return _shipped("checkpoints")
 
 
-def data_dir() -> Path:
-    """The folder of embedded sample data and its recipes."""
-    return _shipped("data")
-
-
 def benchmarks_dir() -> Path:
     """The folder of plain peers that `zoo bench` measures against."""
     return _shipped("benchmarks")

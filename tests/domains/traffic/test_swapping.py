@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import zoo
 from zoo.attention import AttentionError
-from zoo.attention.layers import LAYERS
+from zoo.attention.layers import LAYERS, auxiliary_loss, create_attention
 from zoo.config import compose
 from zoo.errors import CheckpointError, ConfigError, UnknownName
-from zoo.training.task import new_model
+from zoo.training.task import Task, new_model
 from zoo.weights.checkpoint import save_model
 
 N, P, Q, DAY = 8, 8, 8, 24
@@ -148,3 +149,41 @@ def test_the_configs_that_train_from_scratch_freeze_nothing(name: str) -> None:
     model = new_model(config, data)
     assert model.num_nodes == N  # null where the data decide leaves it to them; elsewhere it is a value
     assert all(p.requires_grad for p in model.parameters())
+
+
+def changed(before: Tensor, after: Tensor, axis: int) -> list[int]:
+    """Places along an axis of `[B, S, N, D]` where the two differ."""
+    others = [i for i in range(before.ndim) if i != axis]
+    return (before != after).float().amax(others).nonzero()[:, 0].tolist()
+
+
+def test_attention_over_sensors_stays_in_a_step_and_over_steps_in_a_sensor() -> None:
+    chosen = {"attention": "multihead", "temporal_attention": "multihead"}
+    model = zoo.create_model("gman", **(SIZES | {"history": 5}), **GMAN, **chosen).eval()
+    block, h = model.encoder[0], torch.randn(2, 5, N, 16)
+    embedding = model.embedding(torch.zeros(2, 5, 2, dtype=torch.long))
+    other = h.clone()
+    other[:, 1, 3] += 1
+    spatial, temporal = (
+        [part(x, embedding, None) for x in (h, other)] for part in (block.spatial, block.temporal)
+    )
+    assert changed(*spatial, axis=1) == [1]
+    assert changed(*spatial, axis=2) == list(range(N))
+    assert changed(*temporal, axis=1) == list(range(5))
+    assert changed(*temporal, axis=2) == [3]
+
+
+def test_training_minimises_the_auxiliary_loss_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(Task):
+        def loss(self, batch: Tensor, stage: str) -> tuple[Tensor, Tensor]:
+            return self.model(batch).square().sum(), torch.tensor(1.0)
+
+    monkeypatch.setattr(Task, "log", lambda *_, **__: None)
+    monkeypatch.setattr(Task, "_global_mean", lambda self, total, count: total / count)
+    layer = create_attention({"name": "moh", "shared_heads": 1, "routed_heads": 2}, 16, num_heads=4)
+    x = torch.randn(2, 5, 16)
+    loss = Plain(layer, OmegaConf.create()).training_step(x, 0)
+    expected = layer(x).square().sum() + auxiliary_loss(layer)
+    assert auxiliary_loss(layer) == 0
+    torch.testing.assert_close(loss, expected)
+    assert loss > layer(x).square().sum()
