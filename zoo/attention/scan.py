@@ -27,6 +27,7 @@ from zoo.attention.errors import AttentionError
 
 Form = Literal["parallel", "chunk", "step"]
 CHUNK = 32  # tokens; the triangular system of the delta rule costs more with longer ones
+_PART = 2**18  # elements of the keys that are worked on together where no gradients are kept
 _RUN = 8  # tokens among which the factors of a decay per channel stay finite
 _LOWEST = {torch.float32: -18.0, torch.float64: -170.0}  # log decays per channel below it count as this
 
@@ -34,9 +35,10 @@ _LOWEST = {torch.float32: -18.0, torch.float64: -170.0}  # log decays per channe
 class _Recurrence(NamedTuple):
     """One checked call in float32 or wider: q, k `(B, H, N, D)`, v `(B, H, N, V)`, state `(B, H, D, V)`."""
 
-    q: Tensor
+    q: Tensor  # not scaled
     k: Tensor
     v: Tensor
+    scale: float
     decay: Tensor | None  # (B or 1, H or 1, N, D or 1)
     value_decay: Tensor | None  # (B or 1, H or 1, N, V or 1)
     beta: Tensor | None  # (B or 1, H or 1, N, 1)
@@ -92,8 +94,10 @@ def scan(
         p = _prepared(q, k, v, log_decay, value_decay, beta, starts, state, factor)
         if form == "step":
             out, last = _stepwise(p)
-        else:
+        elif form == "parallel" or torch.is_grad_enabled():
             out, last = _chunkwise(p, chunk if form == "chunk" else q.shape[-2])
+        else:
+            out, last = _in_parts(p, chunk)
     return out.to(v.dtype), last
 
 
@@ -132,9 +136,9 @@ def scan_mean(
 
 def _stepwise(p: _Recurrence) -> tuple[Tensor, Tensor]:
     """The definition, O(D V) per token."""
-    state, outs = p.state, []
+    queries, state, outs = p.q * p.scale, p.state, []
     for t in range(p.q.shape[2]):
-        q, k, v = p.q[:, :, t, None], p.k[:, :, t, None], p.v[:, :, t, None]
+        q, k, v = queries[:, :, t, None], p.k[:, :, t, None], p.v[:, :, t, None]
         if p.starts is not None:
             state = state.masked_fill(p.starts[:, :, t, None], 0.0)
         if p.decay is not None:
@@ -147,11 +151,24 @@ def _stepwise(p: _Recurrence) -> tuple[Tensor, Tensor]:
     return torch.cat(outs, dim=2), state
 
 
+def _in_parts(p: _Recurrence, size: int) -> tuple[Tensor, Tensor]:
+    """The chunks of some thousand numbers at a time, which stay in the cache: what they need besides is freed
+    before the next."""
+    tokens, size = p.q.shape[2], _fitting(size, p)
+    part = max(1, _PART * tokens // (p.k.numel() * size)) * size
+    state, outs = p.state, []
+    for begin in range(0, tokens, part):
+        here = {n: x[:, :, begin : begin + part] for n, x in p._asdict().items() if isinstance(x, Tensor)}
+        out, state = _chunkwise(p._replace(**(here | {"state": state})), size)
+        outs.append(out)
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)), state
+
+
 def _chunkwise(p: _Recurrence, size: int) -> tuple[Tensor, Tensor]:
     """Inside of all chunks at once, then from chunk to chunk."""
     tokens = p.q.shape[2]
     size = _fitting(min(size, tokens), p)
-    q, k, v = (_cut(x, size) for x in (p.q, p.k, p.v))
+    q, k, v = _cut(p.q, size) * p.scale, _cut(p.k, size), _cut(p.v, size)
     decay, value_decay, rates = (
         None if x is None else _cut(x, size) for x in (p.decay, p.value_decay, p.beta)
     )
@@ -167,12 +184,11 @@ def _chunkwise(p: _Recurrence, size: int) -> tuple[Tensor, Tensor]:
     if value_decay is not None:
         within, entering, leaving, kept = _decayed_values(pairs[0], v, value_decay)
         carry = kept if carry is None else carry * kept
-        before, _, state = _carried(p.state, readers, writers, leaving, carry)
+        before, state = _carried(p.state, readers, writers, leaving, carry)
         out = torch.addcmul(within, before, entering)
     else:
         corrections = None if rates is None else _inverse(pairs[1] * rates) * rates.mT
-        before, written, state = _carried(p.state, readers, writers, v, carry, corrections)
-        out = (pairs[0] @ written).add_(before)
+        out, state = _carried(p.state, readers, writers, v, carry, pairs[0], corrections)
     return out.flatten(2, 3)[:, :, :tokens], state
 
 
@@ -188,30 +204,32 @@ def _carried(
     writers: Tensor,
     values: Tensor,
     carry: Tensor | None,
+    pairs: Tensor | None = None,
     corrections: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From chunk to chunk: what the readers see of the state, what is written, the last state.
+) -> tuple[Tensor, Tensor]:
+    """From chunk to chunk: what the readers see of the state, and by the pairs of what is written; the last
+    state.
 
-    `u = values`, or by the delta rule `A (values - readers[1] S)`; then `S <- carry * S + writers^T u`. All
-    `(B, H, T, C, .)`.
+    `u = values`, or by the delta rule `A (values - readers[1] S)`; `o = readers[0] S + pairs u`; then
+    `S <- carry * S + writers^T u`. All `(B, H, T, C, .)`.
     """
-    seen, written, none = [], [], (None,) * values.shape[2]
-    for reader, eraser, writer, u, kept, correction in zip(
-        readers[0].unbind(2),
-        readers[-1].unbind(2),
-        writers.unbind(2),
-        values.unbind(2),
-        none if carry is None else carry.unbind(2),
-        none if corrections is None else corrections.unbind(2),
+    sizes, state = state.shape[:2], state.flatten(0, 1)
+    carry = None if carry is None else carry.expand(*sizes, *carry.shape[2:])
+    outs = []
+    for reader, eraser, writer, u, kept, pair, correction in zip(
+        *(
+            (None,) * values.shape[2] if x is None else x.flatten(0, 1).unbind(1)
+            for x in (readers[0], readers[-1], writers, values, carry, pairs, corrections)
+        ),
         strict=True,
     ):
-        seen.append(reader @ state)
+        out = torch.bmm(reader, state)
         if correction is not None:
-            u = correction @ (u - eraser @ state)
-        written.append(u)
-        update = writer.mT @ u
+            u = torch.bmm(correction, torch.baddbmm(u, eraser, state, alpha=-1))
+        outs.append(out if pair is None else torch.baddbmm(out, pair, u))
+        update = torch.bmm(writer.mT, u)
         state = state + update if kept is None else torch.addcmul(update, kept, state)
-    return torch.stack(seen, dim=2), values if corrections is None else torch.stack(written, dim=2), state
+    return torch.stack(outs, dim=1).unflatten(0, sizes), state.unflatten(0, sizes)
 
 
 def _decayed(
@@ -251,9 +269,10 @@ class _Runs(NamedTuple):
 
 def _runs(x: Tensor, g: Tensor) -> _Runs:
     """Of writers x and log decays g `(..., C, D)`."""
-    c = _cut(g, _RUN).cumsum(-2)
+    c = _cut(g.clamp(min=_LOWEST[g.dtype]), _RUN).cumsum(-2)
     middle, end = c[..., _RUN // 2 - 1 : _RUN // 2, :], c[..., -1:, :]
-    writers = _cut(x, _RUN) * (middle - c).exp_()
+    since = c - middle
+    writers = _cut(x, _RUN) * since.neg().exp_()
     until = writers * (end - middle).exp_()
     ahead, between = [], torch.zeros_like(end)  # between: log decay over the runs that are skipped
     for d in range(1, c.shape[-3]):
@@ -263,7 +282,7 @@ def _runs(x: Tensor, g: Tensor) -> _Runs:
     before = F.pad(end[..., :-1, :, :], (0, 0, 0, 0, 1, 0)).cumsum(-3)
     behind = F.pad(end[..., 1:, :, :], (0, 0, 0, 0, 0, 1)).flip(-3).cumsum(-3).flip(-3)
     return _Runs(
-        (c - middle).exp_(),
+        since.exp(),
         writers,
         ahead,
         (before + middle).exp_(),
@@ -277,12 +296,11 @@ def _met(q: Tensor, runs: _Runs) -> tuple[Tensor, Tensor]:
     q = _cut(q, _RUN) * runs.after
     blocks = [(q @ runs.writers.mT).tril()]  # on the diagonal, and d blocks below it
     blocks += [q[..., d:, :, :] @ writers.mT for d, writers in enumerate(runs.ahead, 1)]
-    size = q.shape[-3] * _RUN
-    rows = []
-    for a in range(q.shape[-3]):
-        row = torch.cat([blocks[d][..., a - d, :, :] for d in range(a, -1, -1)], dim=-1)
-        rows.append(F.pad(row, (0, size - row.shape[-1])))
-    return torch.cat(rows, dim=-2), (q * runs.entering).flatten(-3, -2)
+    count = q.shape[-3]
+    pairs = q.new_zeros(*q.shape[:-3], count, _RUN, count, _RUN)
+    for d, block in enumerate(blocks):
+        pairs.diagonal(-d, dim1=-4, dim2=-2).copy_(block.movedim(-3, -1))
+    return pairs.flatten(-4, -3).flatten(-2, -1), (q * runs.entering).flatten(-3, -2)
 
 
 def _decayed_values(weights: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -332,16 +350,20 @@ def _prepared(
     wide = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
     batch, heads, tokens, width = v.shape
     shared = heads // q.shape[1]
-    q, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if shared > 1:
         q, k = q.repeat_interleave(shared, dim=1), k.repeat_interleave(shared, dim=1)
+    decay, value_decay, rates = (
+        None if x is None else _per_channel(x, tokens).to(wide) for x in (log_decay, value_decay, beta)
+    )
     return _Recurrence(
         q,
         k,
         v,
-        _clamped(log_decay, tokens, wide),
-        _clamped(value_decay, tokens, wide),
-        None if beta is None else _per_channel(beta, tokens).to(wide),
+        scale,
+        decay,
+        value_decay,
+        rates,
         None if starts is None else starts[:, None, :, None],
         v.new_zeros(batch, heads, q.shape[-1], width) if state is None else state.to(wide),
     )
@@ -351,14 +373,6 @@ def _per_channel(g: Tensor, tokens: int) -> Tensor:
     """`(B, H, N)` or `(B, H, N, D)` to `(B, H, N, 1 or D)`, with the axis of tokens in full."""
     g = g[..., None] if g.ndim == 3 else g
     return g.expand(-1, -1, tokens, -1)
-
-
-def _clamped(g: Tensor | None, tokens: int, dtype: torch.dtype) -> Tensor | None:
-    """What decays below `exp(_LOWEST)` is gone in this precision."""
-    if g is None:
-        return None
-    g = _per_channel(g, tokens).to(dtype)
-    return g.clamp(min=_LOWEST[dtype]) if g.shape[-1] > 1 else g
 
 
 def _check(
