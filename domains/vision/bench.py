@@ -41,9 +41,15 @@ def plain_peer(name: str, model: nn.Module) -> nn.Module:
     return peer.eval()
 
 
-def inference(name: str, batch: int, *, fuse: bool, other: str = "", target: float | None = None) -> Case:
+def inference(
+    name: str, batch: int, *, fuse: bool = False, other: str = "", target: float | None = None, form: str = ""
+) -> Case:
     """Images to logits, the peer being the plain layout, or `other`, a model of timm. The results compared
-    are always those of the plain layout."""
+    are always those of the plain layout.
+
+    Args:
+        form: `bfloat16` (autocast) or `compiled`, of both contestants on a GPU; float32 by default.
+    """
 
     def build(device: torch.device) -> Job:
         model = settled(name)
@@ -53,13 +59,27 @@ def inference(name: str, batch: int, *, fuse: bool, other: str = "", target: flo
         x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
 
         def run(network: nn.Module) -> Callable[[], Tensor]:
-            return torch.inference_mode()(lambda: network(x))
+            program = torch.compile(network) if form == "compiled" else network
+
+            @torch.inference_mode()
+            def call() -> Tensor:
+                with torch.autocast(device.type, torch.bfloat16, enabled=form == "bfloat16"):
+                    return program(x)
+
+            return call
 
         return Job(name, run(ours), run(timed), run(ours), run(peer))
 
-    form = f"{name} fused" if fuse else name
+    done = " ".join(filter(None, (name, "fused" if fuse else "", form)))
     beside = f"timm's {other.partition('_patch')[0]}" if other else "plain layout"
-    return Case(f"{form}, batch {batch}, {beside}", build, target)
+    return Case(
+        f"{done}, batch {batch}, {beside}",
+        build,
+        target,
+        tolerance=5e-2 if form == "bfloat16" else 1e-4,
+        items=batch,
+        device="cuda" if form else None,
+    )
 
 
 def training(name: str, batch: int) -> Case:
@@ -85,23 +105,33 @@ def training(name: str, batch: int) -> Case:
         ours, theirs = step(model), step(peer)
         return Job(name, ours, theirs, ours, theirs)
 
-    return Case(f"{name}, training step, batch {batch}, plain layout", build)
+    return Case(f"{name}, training step, batch {batch}, plain layout", build, items=batch)
 
 
+SWIN = "swin_tiny_patch4_window7_224"
+ON_GPU = [
+    inference(name, batch, fuse=name != "biformer_tiny", form=form)
+    for name in PEERS
+    for form in ("bfloat16", "compiled")
+    for batch in (1, 32)
+]
 SUITE = Suite(
     (
-        inference("biformer_tiny", 1, fuse=False, other="swin_tiny_patch4_window7_224", target=1 / 0.65),
-        inference("biformer_tiny", 1, fuse=False),
-        inference("biformer_tiny", 8, fuse=False),
+        inference("biformer_tiny", 1, other=SWIN, target=1 / 0.65),
+        inference("biformer_tiny", 1),
+        inference("biformer_tiny", 32, other=SWIN),
+        inference("biformer_tiny", 32),
         training("biformer_tiny", 8),
         inference("efficientvit_m0", 1, fuse=True, other="efficientvit_m0", target=1.5),
         inference("efficientvit_m0", 8, fuse=True, other="efficientvit_m0", target=1.0),
         inference("efficientvit_m0", 32, fuse=True, other="efficientvit_m0", target=1.0),
         inference("efficientvit_m0", 1, fuse=True),
+        inference("efficientvit_m0", 32, fuse=True),
         training("efficientvit_m0", 8),
         inference("lwganet_l0", 1, fuse=True, target=1.6),
-        inference("lwganet_l0", 1, fuse=False),
-        inference("lwganet_l0", 8, fuse=True),
+        inference("lwganet_l0", 1),
+        inference("lwganet_l0", 32, fuse=True),
         training("lwganet_l0", 8),
+        *ON_GPU,
     )
 )

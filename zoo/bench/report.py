@@ -33,6 +33,8 @@ class Row:
     """Largest relative difference of the results."""
     target: float | None = None
     """Times faster than the peer that is asked for."""
+    items: int | None = None
+    """What one call works on, for the throughput."""
 
     @property
     def speed(self) -> Ratio:
@@ -111,8 +113,8 @@ class Report:
         for row in self.rows:
             table.add_row(
                 row.name,
-                _milliseconds(row.ours),
-                _milliseconds(row.peer),
+                _milliseconds(row.ours, row.items),
+                _milliseconds(row.peer, row.items),
                 _faster(row),
                 f"{row.memory:.2f}x\n[dim]{row.ours_bytes / MIB:,.0f}/{row.peer_bytes / MIB:,.0f} MiB[/]",
             )
@@ -142,10 +144,11 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def _milliseconds(timing: Timing) -> str:
+def _milliseconds(timing: Timing, items: int | None) -> str:
     digits = 0 if timing.median >= 0.1 else 2
     median, low, high = (f"{s * 1e3:.{digits}f}" for s in (timing.median, *timing.quartiles))
-    return f"{median}\n[dim]{low}-{high}[/]"
+    throughput = "" if items is None else f"\n[dim]{items / timing.median:,.1f} /s[/]"
+    return f"{median}\n[dim]{low}-{high}[/]{throughput}"
 
 
 def _faster(row: Row) -> str:

@@ -31,6 +31,10 @@ class Case:
     """Times faster than the peer that is asked for."""
     tolerance: float = 1e-4
     """Relative difference of the results that rounding allows."""
+    items: int | None = None
+    """What one call works on, such as images, for the throughput."""
+    device: str | None = None
+    """The kind of device that it is for; None = any."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,10 @@ def run_suite(cfg: DictConfig) -> Report:
                 compare(case.build(device), tolerance=case.tolerance, repeats=cfg.repeats, device=device),
                 name=case.name,
                 target=case.target,
+                items=case.items,
             )
             for case in suite.cases
+            if case.device in (None, device.type)
         )
         curves = tuple(
             scaling(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from omegaconf import OmegaConf
 
-from zoo.bench.suite import run_suite
+from zoo.bench.suite import SUITES, run_suite
 from zoo.cli.console import console
 from zoo.config import compose
 from zoo.registry import get_domain
@@ -30,11 +30,13 @@ def bench(
 
       zoo bench suite=primitives only=window threads=1
 
+      zoo bench domain=vision threads=1
+
       zoo bench domain=traffic
 
       zoo bench domain=traffic model=gman_paper repeats=25 curve=null output=gman.json
     """
-    overrides = overrides or []
+    overrides = [_of_domain(text) for text in overrides or []]
     of_suite = any(text.startswith("suite=") for text in overrides)
     config = compose("suite" if of_suite else "bench", overrides)
     if cfg:
@@ -45,3 +47,9 @@ def bench(
     path = Path(config.output or f"runs/bench-{config.suite if of_suite else config.model.name}.json")
     report.write(path)
     console.print(f"Every round and the machine: {path}", soft_wrap=True)
+
+
+def _of_domain(override: str) -> str:
+    """A domain whose models are compared in a suite means that suite."""
+    domain = override.removeprefix("domain=")
+    return f"suite={domain}" if domain != override and domain in SUITES else override

@@ -24,6 +24,13 @@ def test_model_and_plain_layout_agree(name: str, kind: str) -> None:
     assert relative_difference(job.ours_result(), job.peer_result()) < cases[0].tolerance
 
 
+def test_half_precision_is_for_gpus_and_agrees_with_the_plain_layout() -> None:
+    case = SUITE.only("lwganet_l0 fused bfloat16, batch 1,").cases[0]
+    assert case.device == "cuda"
+    job = case.build(torch.device("cpu"))
+    assert 1e-4 < relative_difference(job.ours_result(), job.peer_result()) < case.tolerance
+
+
 def test_a_peer_of_timm_is_timed_but_not_compared() -> None:
     case = SUITE.only("timm's swin_tiny").cases[0]
     assert case.target == pytest.approx(1.54, abs=0.01)

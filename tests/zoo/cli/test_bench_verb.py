@@ -34,22 +34,28 @@ def test_a_suite_prints_ratios_targets_and_growth(tmp_path: Path, monkeypatch: p
         return Job("product", lambda: x @ x, lambda: x.mm(x), lambda: x @ x, lambda: x.mm(x))
 
     suite = Suite(
-        (Case("a product", product, target=1.5), Case("another", product)),
+        (
+            Case("a product", product, target=1.5, items=64),
+            Case("another", product),
+            Case("for a GPU", product, device="cuda"),
+        ),
         (Growth("copies", lambda n, device: lambda: torch.ones(n, 64), (64, 128, 256)),),
     )
-    monkeypatch.setattr("zoo.bench.suite.SUITES", {"toys": "unused"})
+    monkeypatch.setitem(SUITES, "toys", "unused")
     monkeypatch.setattr("zoo.bench.suite.load_object", lambda target: suite)
     path = tmp_path / "suite.json"
-    result = CliRunner().invoke(app, ["suite=toys", "repeats=2", "threads=1", f"output={path}"])
+    settings = ["repeats=2", "threads=1", "device=cpu", f"output={path}"]
+    result = CliRunner().invoke(app, ["domain=toys", *settings])
     assert result.exit_code == 0, result.output
     assert "asked 1.5x" in result.output
+    assert result.output.count(" /s") == 2
     stored = json.loads(path.read_text())
     assert [row["name"] for row in stored["rows"]] == ["a product", "another"]
     assert stored["curves"][0]["slopes"][1] == pytest.approx(1, abs=0.01)
     result = CliRunner().invoke(app, ["suite=toys", "only=prod*", "repeats=1", f"output={path}"])
     assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["a product"]
     result = CliRunner().invoke(app, ["suite=toys", "only=sum"])
-    assert "It has: a product; another; copies." in str(result.exception)
+    assert "It has: a product; another; for a GPU; copies." in str(result.exception)
 
 
 def test_primitives_are_a_suite() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from zoo.attention.attend import attend
 from zoo.attention.neighbourhood import Neighbourhood, ShiftedWindows
@@ -48,6 +51,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def _eager_flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    with warnings.catch_warnings(action="ignore"):  # that it is not compiled
+        n, device = mask.shape[-1], mask.device
+        blocks = create_block_mask(lambda b, h, i, j: mask[0, 0, i, j], None, None, n, n, device)
+        return cast(Tensor, flex_attention(q, k, v, block_mask=blocks))
+
+
 def _tensors(n: int, heads: int, width: int, device: torch.device) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
     return [torch.randn(1, heads, n, width, generator=g).to(device).requires_grad_() for _ in range(3)]
@@ -65,7 +75,18 @@ def _trained(attention: Attention, inputs: list[Tensor]) -> Tensor:
     return torch.cat([x.flatten() for x in (out, *grads)])
 
 
-def _case(name: str, made: Made, peer: Masked, target: float | None = None) -> Case:
+def _inferred(attention: Attention, inputs: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return attention(*(x.detach() for x in inputs))
+
+
+def _case(
+    name: str,
+    made: Made,
+    peer: Masked,
+    target: float | None = None,
+    run: Callable[[Attention, list[Tensor]], Tensor] = _trained,
+) -> Case:
     """8 heads of width 64 on 1,024 tokens; the peer's mask is made once and not timed."""
 
     def build(device: torch.device) -> Job:
@@ -74,10 +95,10 @@ def _case(name: str, made: Made, peer: Masked, target: float | None = None) -> C
         assert mask is not None
 
         def ours() -> Tensor:
-            return _trained(_ours(made, 1024, device), inputs)
+            return run(_ours(made, 1024, device), inputs)
 
         def theirs() -> Tensor:
-            return _trained(lambda q, k, v: peer(q, k, v, mask), inputs)
+            return run(lambda q, k, v: peer(q, k, v, mask), inputs)
 
         return Job(name, ours, theirs, ours, theirs)
 
@@ -98,6 +119,13 @@ SUITE = Suite(
         _case("causal window of 128, N = 1,024, SDPA with a mask", _window, _sdpa),
         _case("2-D neighbourhood 32 x 32, kernel 7, dense-mask softmax", _neighbourhood, _softmax, 5.0),
         _case("2-D neighbourhood 32 x 32, kernel 7, SDPA with a mask", _neighbourhood, _sdpa),
+        _case(
+            "2-D neighbourhood 32 x 32, kernel 7, forward, eager flex_attention (NATTEN on a CPU)",
+            _neighbourhood,
+            _eager_flex,
+            5.0,
+            _inferred,
+        ),
         _case("shifted windows of 8 x 8 on 32 x 32, dense-mask softmax", _windows, _softmax),
         _case("documents of 8 to 64 tokens, N = 1,024, dense-mask softmax", _documents, _softmax),
     ),
