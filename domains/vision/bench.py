@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from zoo.bench.compare import Job
 from zoo.bench.peer import load_peer
-from zoo.bench.suite import Case, Suite
+from zoo.bench.suite import Case, Growth, Suite
+from zoo.bench.timing import Call
 from zoo.registry import create_model, to_official
 
 PEERS = {
@@ -108,6 +109,17 @@ def training(name: str, batch: int) -> Case:
     return Case(f"{name}, training step, batch {batch}, plain layout", build, items=batch)
 
 
+def at_sides(name: str) -> Growth:
+    """Inference of one square image, by its side in pixels."""
+
+    def build(side: int, device: torch.device) -> Call:
+        model = settled(name).to(device)
+        x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+        return torch.inference_mode()(lambda: model(x))
+
+    return Growth(f"{name}, one image, by pixels per side", build, (224, 448, 672, 1024))
+
+
 SWIN = "swin_tiny_patch4_window7_224"
 ON_GPU = [
     inference(name, batch, fuse=name != "biformer_tiny", form=form)
@@ -133,5 +145,6 @@ SUITE = Suite(
         inference("lwganet_l0", 32, fuse=True),
         training("lwganet_l0", 8),
         *ON_GPU,
-    )
+    ),
+    growth=(at_sides("biformer_tiny"), at_sides("efficientvit_m0")),
 )
