@@ -22,9 +22,9 @@ NEEDS_DOMAIN = ("train", "bench")
 """Verbs that start from nothing; the others find the domain in a run or a checkpoint."""
 
 OPTIONAL = {
-    "optimizer": ("momentum", "nesterov", "amsgrad", "alpha"),
-    "schedule": ("gamma", "every_steps", "every_epochs", "min_lr", "warmup_steps"),
-    "loss": ("null_value", "delta"),
+    "optimizer": ("momentum", "nesterov", "amsgrad", "alpha", "layer_decay"),
+    "schedule": ("gamma", "every_steps", "every_epochs", "min_lr", "warmup_steps", "warmup_epochs"),
+    "loss": ("null_value", "delta", "label_smoothing", "class_weights"),
     "ema": ("decay",),
     "early_stopping": ("patience", "min_delta"),
 }
@@ -45,17 +45,21 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
             or a value of another kind than the key holds.
     """
     parsed = [_parse(text) for text in overrides]
-    groups = _groups()
-    _check_groups(parsed, groups)
+    groups = _groups(verb)
+    bare = _models_without_config(parsed, groups) if verb == "train" else []
+    _check_groups(parsed, groups, bare)
     if verb in NEEDS_DOMAIN and not any(o.key_or_group == "domain" and o.value() for o in parsed):
         domains = groups["domain"]
         raise ConfigError(
             f"Choose a domain: zoo {verb} domain={domains[0]} ... Domains: {', '.join(domains)}."
         )
-    chosen = [o.input_line or "" for o in parsed if _is_group(o, groups)]
+    chosen = [line for o in parsed if _is_group(o, groups) for line in _choice(o, bare)]
     base = _hydra(verb, chosen)
-    settings = [_setting(o, base, groups) for o in parsed if not _is_group(o, groups)]
-    config = _hydra(verb, chosen + settings)
+    named = [o for o in parsed if _looks_like_a_group(o, groups) and _has(base, o.key_or_group)]
+    rest = [o for o in parsed if not _is_group(o, groups) and o not in named]
+    config = _hydra(verb, chosen + [_setting(o, base, groups) for o in rest])
+    for override in named:
+        config[override.key_or_group] = override.value()
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
@@ -75,24 +79,57 @@ def _parse(text: str) -> Override:
     return override
 
 
-def _groups() -> dict[str, list[str]]:
-    """Config group -> its options, from the folders of `configs/`."""
-    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in config_dir().iterdir() if d.is_dir()}
+def _groups(verb: str) -> dict[str, list[str]]:
+    """Config group -> its options, of the groups that the config of the verb chooses from."""
+    names: list[str] = []
+    config: Any = OmegaConf.load(config_dir() / f"{verb}.yaml")
+    entries = config.get("defaults") or ()
+    for entry in entries:
+        if isinstance(entry, str):
+            names += [] if entry == "_self_" else _groups(entry)
+        else:
+            names += [str(name).removeprefix("override ") for name in entry]
+    return {name: sorted(f.stem for f in (config_dir() / name).glob("*.yaml")) for name in names}
+
+
+def _models_without_config(overrides: list[Override], groups: dict[str, list[str]]) -> list[str]:
+    """Registered models of the chosen domain, where one is asked for that has no file in `configs/model`."""
+    chosen = {o.key_or_group: o.value() for o in overrides if _is_group(o, groups)}
+    if not chosen.get("domain") or chosen.get("model") in (None, *groups["model"]):
+        return []
+    if chosen["domain"] not in groups["domain"]:
+        return []
+    from zoo.registry import list_models
+
+    return [name.rpartition("/")[2] for name in list_models(f"{chosen['domain']}/*")]
+
+
+def _choice(override: Override, bare: list[str]) -> list[str]:
+    """The override as Hydra wants it; a model without config is chosen by its name alone."""
+    if override.key_or_group == "model" and override.value() in bare:
+        return ["~model", f"++model.name={override.value()}"]
+    return [override.input_line or ""]
 
 
 def _is_group(override: Override, groups: dict[str, list[str]]) -> bool:
     return override.key_or_group in groups and not isinstance(override.value(), dict)
 
 
-def _check_groups(overrides: list[Override], groups: dict[str, list[str]]) -> None:
+def _looks_like_a_group(override: Override, groups: dict[str, list[str]]) -> bool:
+    """Whether Hydra takes a plain key of the verb, as `model` of predict, for a folder of `configs/`."""
+    key = override.key_or_group
+    return key not in groups and (config_dir() / key).is_dir()
+
+
+def _check_groups(overrides: list[Override], groups: dict[str, list[str]], bare: list[str]) -> None:
     for override in overrides:
         if not _is_group(override, groups) or override.value() is None:
             continue
         group, option = override.key_or_group, str(override.value())
-        if option not in groups[group]:
+        known = [*groups[group], *(bare if group == "model" else ())]
+        if option not in known:
             raise ConfigError(
-                f"There is no {group}={option}.{did_you_mean(option, groups[group])} "
-                f"Options: {', '.join(groups[group])}."
+                f"There is no {group}={option}.{did_you_mean(option, known)} Options: {', '.join(known)}."
             )
 
 

@@ -29,6 +29,11 @@ def benchmarks_dir() -> Path:
     return _shipped("benchmarks")
 
 
+def data_dir() -> Path:
+    """The folder of the small data sets that ship with the zoo."""
+    return _shipped("data")
+
+
 def cache_dir() -> Path:
     """Where downloads and simulated data are kept: `$ZOO_CACHE`, else `~/.cache/attention-zoo`."""
     return Path(os.environ.get("ZOO_CACHE") or Path.home() / ".cache" / "attention-zoo")

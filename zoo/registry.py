@@ -71,13 +71,14 @@ class Domain:
     data: str = ""
     predict: str = ""
     bench: str = ""
+    explain: str = ""
     example_inputs: str = ""
     """Function from a model's arguments (as keywords) to the inputs of one sample."""
     example_sizes: dict[str, Any] = field(default_factory=dict)
     """Arguments without default, for a typical data set: what cards are counted with."""
 
     def load(self, part: str) -> Any:
-        """The object behind `task`, `data`, `predict` or `bench`.
+        """The object behind `task`, `data`, `predict`, `explain` or `bench`.
 
         Raises:
             ConfigError: the domain has no such part.
@@ -408,6 +409,8 @@ def _build(entry: _Entry, config: dict[str, Any]) -> nn.Module:
 
 
 def _from_checkpoint(entry: _Entry, path: str | Path, config: dict[str, Any]) -> nn.Module:
+    if Path(path).is_dir():
+        return _from_official(entry, *_read_official(entry, path), config, str(path))[0]
     state, meta = read_checkpoint(path)
     stored = meta.get("model", {"name": entry.card.name, "config": {}})
     if stored["name"] != entry.card.name:
@@ -463,8 +466,8 @@ def from_official(
 
     Args:
         name: name of the model, bare or with its domain.
-        checkpoint: a file (`.pth`, `.safetensors`, `.npz`, TensorFlow prefix), or a dict from official tensor
-            names to tensors or arrays.
+        checkpoint: a file (`.pth`, `.safetensors`, `.npz`, TensorFlow prefix), a folder where the official
+            program writes one, or a dict from official tensor names to tensors or arrays.
         official_config: the official program's options that its checkpoint does not tell.
 
     Returns:
@@ -485,7 +488,8 @@ def load_official(
     if isinstance(checkpoint, Mapping):
         state, source = _as_tensors(checkpoint), "The given state dict"
     else:
-        state, source = read_state_dict(checkpoint), str(checkpoint)
+        state, options = _read_official(entry, checkpoint)
+        official_config, source = options | official_config, str(checkpoint)
     model, report = _from_official(entry, state, official_config, {}, source)
     return model.eval(), report
 
@@ -497,7 +501,7 @@ def to_official(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -
         tensors: map these instead, given by our names; the gradients, for example.
     """
     layout = _layout(_entry_of(model))
-    return layout.to_official(dict(model.state_dict() if tensors is None else tensors), model)
+    return layout.exported(dict(model.state_dict() if tensors is None else tensors), model)
 
 
 def load_weights(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor | np.ndarray]) -> LoadReport:
@@ -530,11 +534,11 @@ def in_own_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mapping[
     if entry.official is None:
         return state_dict
     layout, state = entry.official, _canonical(entry, dict(state_dict))
-    official = layout.to_official(model.state_dict(), model)
+    official = layout.exported(model.state_dict(), model)
     if {key for key in official if not matches(key, layout.ignored)} != state.keys():
         return state_dict
     _notice(entry)
-    return layout.to_zoo(state, model)
+    return layout.imported(state, model)
 
 
 def _entry_of(model: nn.Module) -> _Entry:
@@ -582,15 +586,18 @@ def _canonical(entry: _Entry, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fill(entry: _Entry, model: nn.Module, state: dict[str, Tensor], source: str, *, fit: bool) -> LoadReport:
     layout, name = _layout(entry), entry.card.name
     _notice(entry)
-    dispensable = (*layout.ignored, *layout.optional)
-    official = layout.to_official(model.state_dict(), model)
+    own = [f"{name}.*" for name in layout.own_modules]
+    dispensable = (*layout.ignored, *layout.optional, *own)
+    official = layout.exported(model.state_dict(), model)
     if fit:
         state = layout.fitted(state, official, model)
     expected = {
         key: value for key, value in official.items() if key in state or not matches(key, dispensable)
     }
     check_fit(state, expected, source=source, target=f"official {name}")
-    return load_state(model, layout.to_zoo(state, model), skip=layout.unofficial, source=source)
+    fresh = [name for name in model.state_dict() if matches(name, own) and name not in state]
+    skip = (*layout.unofficial, *fresh)
+    return load_state(model, layout.imported(state, model), skip=skip, source=source)
 
 
 def _layout(entry: _Entry) -> type[OfficialLayout]:
@@ -616,6 +623,15 @@ def _check_options(layout: type[OfficialLayout], name: str, options: Mapping[str
             f"An official checkpoint of {name!r} does not tell {', '.join(needed)}: give {needed[0]}=... "
             f"Options: {', '.join(known)}."
         )
+
+
+def _read_official(entry: _Entry, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a file or folder of the official program, and the options that a folder tells."""
+    if Path(path).is_dir() and entry.official is not None:
+        found = entry.official.read_folder(Path(path))
+        if found is not None:
+            return found
+    return read_state_dict(path), {}
 
 
 def _as_tensors(state: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:

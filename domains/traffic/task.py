@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -35,6 +35,7 @@ class TrafficTask(Task):
         facts: the `extra()` of the data the model was made for: `mean`, `std`, `null_value`, `horizon`, ...
     """
 
+    monitor: ClassVar[str] = "val/mae"
     mean: Tensor
     std: Tensor
 
@@ -44,7 +45,8 @@ class TrafficTask(Task):
         self.register_buffer("mean", torch.tensor(facts["mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(facts["std"]), persistent=False)
         options = checked("loss", build_loss, OmegaConf.select(cfg, "loss", default=OmegaConf.create()))
-        self.error = build_loss(**({"name": "masked_mae", "null_value": self.null_value} | options))
+        options["name"] = options.get("name") or "masked_mae"
+        self.error = build_loss(**({"null_value": self.null_value} | options))
         self.errors = HorizonErrors(facts["horizon"], null_value=self.null_value)
         self.test_errors: dict[str, Tensor] = {}
 
@@ -74,7 +76,7 @@ class TrafficTask(Task):
             raise CheckpointError(f"{source} belongs to other sensors: {_difference(trained, given)}")
 
     @staticmethod
-    def data_options(facts: Mapping[str, Any]) -> dict[str, Any]:
+    def data_options(facts: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         return {name: facts["preprocessing"][name] for name in ("missing", "fill", "null_value")}
 
     @staticmethod

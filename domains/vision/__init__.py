@@ -20,6 +20,10 @@ register_domain(
     Domain(
         name="vision",
         summary="Image classification and backbones for dense prediction",
+        task="domains.vision.task:VisionTask",
+        data="domains.vision.data:VisionData",
+        predict="domains.vision.predict:predict",
+        explain="domains.vision.explain:explain",
         example_inputs="domains.vision:example_inputs",
     )
 )

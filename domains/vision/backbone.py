@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ConfigError, DataError
+from zoo.layers.pool import POOLS, AttentivePool, create_pool
 from zoo.registry import in_own_names
 
 IMAGENET: dict[str, Any] = {
@@ -44,7 +45,11 @@ class Backbone(nn.Module):
     Args:
         num_classes: outputs of the head; 0 = no head, the pooled features are the output.
         in_chans: channels of the images.
-        global_pool: `avg`, `max`, or empty: with num_classes=0, the map itself is the output.
+        global_pool: `avg`, `max`, or with weights of their own `ggem` (group generalised mean) and
+            `attentive` (learned queries, in the place of a pre-head); a mapping gives the arguments, such as
+            `{"name": "attentive", "num_queries": 16}`. Empty: with num_classes=0, the map itself is the
+            output.
+        head_norm: a batch norm without weights of its own before the classifier, as probes have it.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         img_size: the size, or height and width, that the model is meant for; others work as well.
@@ -59,13 +64,17 @@ class Backbone(nn.Module):
     """Names of the linear layers that make logits."""
     cfg: ClassVar[dict[str, Any]] = {}
     """Where the published weights differ from `IMAGENET`: licence, crop_pct, ..."""
+    simple_pools: ClassVar[tuple[str, ...]] = ("avg", "max", "")
+    """Pools without weights."""
     min_size: int
     """The shortest side of an image; by default the stride of the last stage."""
 
     stem: nn.Module
     stages: nn.Sequential
     norm: nn.Module
+    pool: nn.Module
     pre_head: nn.Module
+    head_norm: nn.Module
     head: nn.Module
     out_norms: nn.ModuleList | None
     feature_info: list[dict[str, Any]] | FeatureInfo
@@ -75,7 +84,8 @@ class Backbone(nn.Module):
         *,
         num_classes: int = 1000,
         in_chans: int = 3,
-        global_pool: str = "avg",
+        global_pool: str | Mapping[str, Any] = "avg",
+        head_norm: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         img_size: int | Sequence[int] = 224,
@@ -89,7 +99,8 @@ class Backbone(nn.Module):
             raise ConfigError("out_indices chooses maps of features_only=True.")
         self.num_classes = 0 if features_only else num_classes
         self.in_chans = in_chans
-        self.global_pool = "" if features_only else global_pool
+        self.pool_options = self._pool_options("" if features_only else global_pool)
+        self.has_head_norm = head_norm
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
         self.features_only, self._asked_indices = features_only, out_indices
         self.grad_checkpointing = False
@@ -120,8 +131,8 @@ class Backbone(nn.Module):
         height, width = self.pretrained_cfg["input_size"][1:]
         self.pretrained_cfg["pool_size"] = (-(-height // strides[-1]), -(-width // strides[-1]))
         if not self.features_only:
-            self.pre_head = self.head = nn.Identity()
-            self.reset_classifier(self.num_classes)
+            self.pool = self.pre_head = self.head_norm = self.head = nn.Identity()
+            self.reset_classifier(self.num_classes, self.pool_options)
             return
         kept = self.prune_intermediate_layers(self._asked_indices, prune_norm=True)
         self.feature_info = FeatureInfo(self.feature_info, tuple(kept))
@@ -149,31 +160,67 @@ class Backbone(nn.Module):
         return head
 
     @property
+    def global_pool(self) -> str:
+        """Name of the pool; empty: none."""
+        return self.pool_options["name"]
+
+    @property
     def head_hidden_size(self) -> int:
         """Width of `forward_head(x, pre_logits=True)`."""
-        return getattr(self.pre_head, "out_features", self.num_features)
+        pooled = getattr(self.pool, "out_features", self.num_features)
+        return getattr(self.pre_head, "out_features", pooled)
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for so many classes, on the device of the old one; 0 = none."""
-        pool = self.global_pool if global_pool is None else global_pool
-        if pool not in ("avg", "max", ""):
-            raise ConfigError(f"global_pool is 'avg', 'max' or '', not {pool!r}.")
-        if num_classes < 0 or (num_classes and not pool):
+    def reset_classifier(
+        self,
+        num_classes: int,
+        global_pool: str | Mapping[str, Any] | None = None,
+        head_norm: bool | None = None,
+    ) -> None:
+        """A new head for so many classes, on the device of the old one; 0 = none.
+
+        Args:
+            global_pool: a new pool, see the class; None = the one there is, with its weights.
+            head_norm: batch norm before the classifier, fresh; None = as it was.
+        """
+        options = self.pool_options if global_pool is None else self._pool_options(global_pool)
+        if num_classes < 0 or (num_classes and not options["name"]):
             raise ConfigError(
-                f"num_classes={num_classes} with global_pool={pool!r}: a head needs at least one class and a "
-                "pool; num_classes=0 with global_pool='' gives the map."
+                f"num_classes={num_classes} with global_pool={options['name']!r}: a head needs at least one "
+                "class and a pool; num_classes=0 with global_pool='' gives the map."
             )
-        self.num_classes, self.global_pool = num_classes, pool
         like = next(self.parameters())
-        if not num_classes:
-            self.pre_head = self.head = nn.Identity()
-            return
-        if isinstance(self.pre_head, nn.Identity):
+        if global_pool is not None:
+            weightless = options["name"] in self.simple_pools
+            self.pool = nn.Identity() if weightless else create_pool(options, self.num_features)
+            self.pool.to(like.device, like.dtype)
+        self.num_classes, self.pool_options = num_classes, options
+        self.has_head_norm = self.has_head_norm if head_norm is None else head_norm
+        if not num_classes or isinstance(self.pool, AttentivePool):
+            self.pre_head = nn.Identity()
+        elif isinstance(self.pre_head, nn.Identity):
             self.pre_head = self.make_pre_head().to(like.device, like.dtype)
-        self.head = self.make_head(self.head_hidden_size, num_classes).to(like.device, like.dtype)
+        self.head_norm = self.head = nn.Identity()
+        if num_classes:
+            width = self.head_hidden_size
+            if self.has_head_norm:
+                norm = nn.BatchNorm1d(width, eps=1e-6, affine=False)
+                self.head_norm = norm.to(like.device, like.dtype)
+            self.head = self.make_head(width, num_classes).to(like.device, like.dtype)
+
+    def _pool_options(self, pool: str | Mapping[str, Any]) -> dict[str, Any]:
+        """The name and the arguments of a pool that there is."""
+        options = {"name": pool} if isinstance(pool, str) else dict(pool)
+        simple = options.get("name") in self.simple_pools
+        if (not simple and options.get("name") not in POOLS) or (simple and len(options) > 1):
+            names = ", ".join(repr(name) for name in self.simple_pools[:-1])
+            raise ConfigError(
+                f"global_pool is {names} or '', 'ggem' or 'attentive', or one of the last two with its "
+                f"arguments, not {pool!r}."
+            )
+        return options
 
     # ---- forward ----
 
@@ -196,9 +243,15 @@ class Backbone(nn.Module):
         """The map of `forward_features` to logits; pre_logits: to what the classifier sees."""
         if not self.global_pool:
             return x
-        x = x.mean((2, 3)) if self.global_pool == "avg" else x.amax((2, 3))
-        x = F.dropout(self.pre_head(x), self.drop_rate, self.training)
+        x = self.head_norm(self.pre_head(self.pooled(x)))
+        x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The map of `forward_features` to one vector for each image."""
+        if self.global_pool in self.simple_pools:
+            return x.mean((2, 3)) if self.global_pool == "avg" else x.amax((2, 3))
+        return self.pool(x.flatten(2).mT)
 
     def forward_intermediates(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -22,10 +23,10 @@ PEERS = {
 """Model -> module and class in `benchmarks/plain`."""
 
 
-def settled(name: str) -> nn.Module:
+def settled(name: str, **options: Any) -> nn.Module:
     """The model, its norms moved off their initial values so that equal results mean something."""
     torch.manual_seed(0)
-    model = create_model(f"vision/{name}").eval()
+    model = create_model(f"vision/{name}", **options).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)  # pyright: ignore[reportArgumentType]
@@ -83,6 +84,24 @@ def inference(
     )
 
 
+def beside_timm(name: str, batch: int, side: int = 224) -> Case:
+    """The fused model beside timm's of that name, with the same weights."""
+
+    def build(device: torch.device) -> Job:
+        model = settled(name)
+        peer = timm.create_model(name).eval()
+        peer.load_state_dict(to_official(model))
+        ours, peer = model.fuse().to(device), peer.to(device)  # pyright: ignore[reportCallIssue]
+        x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+
+        def run(network: nn.Module) -> Callable[[], Tensor]:
+            return torch.inference_mode()(lambda: network(x))
+
+        return Job(name, run(ours), run(peer), run(ours), run(peer))
+
+    return Case(f"{name} fused, batch {batch}, timm's with the same weights", build, items=batch)
+
+
 def training(name: str, batch: int) -> Case:
     """Forward, cross entropy and backward beside the plain layout, batch norms as in evaluation."""
 
@@ -109,15 +128,16 @@ def training(name: str, batch: int) -> Case:
     return Case(f"{name}, training step, batch {batch}, plain layout", build, items=batch)
 
 
-def at_sides(name: str) -> Growth:
-    """Inference of one square image, by its side in pixels."""
+def at_sides(name: str, *, sides: tuple[int, ...] = (224, 448, 672, 1024), **options: Any) -> Growth:
+    """Inference of one square image, by its side in pixels; by a model with these options."""
 
     def build(side: int, device: torch.device) -> Call:
-        model = settled(name).to(device)
+        model = settled(name, **options).to(device)
         x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
         return torch.inference_mode()(lambda: model(x))
 
-    return Growth(f"{name}, one image, by pixels per side", build, (224, 448, 672, 1024))
+    given = "".join(f" {key}={value}" for key, value in options.items())
+    return Growth(f"{name}{given}, one image, by pixels per side", build, sides)
 
 
 SWIN = "swin_tiny_patch4_window7_224"
@@ -144,7 +164,16 @@ SUITE = Suite(
         inference("lwganet_l0", 1),
         inference("lwganet_l0", 32, fuse=True),
         training("lwganet_l0", 8),
+        beside_timm("davit_tiny", 1),
+        beside_timm("davit_tiny", 8),
+        beside_timm("halonet50ts", 1, side=256),
+        beside_timm("halonet50ts", 8, side=256),
         *ON_GPU,
     ),
-    growth=(at_sides("biformer_tiny"), at_sides("efficientvit_m0")),
+    growth=(
+        at_sides("biformer_tiny"),
+        at_sides("efficientvit_m0"),
+        at_sides("mala_tiny", sides=(224, 448, 672)),
+        at_sides("mala_tiny", sides=(224, 448, 672), block_types="vvvv"),
+    ),
 )

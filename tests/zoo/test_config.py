@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from omegaconf import OmegaConf
 
 from zoo.config import compose
 from zoo.errors import ConfigError
 from zoo.paths import config_dir
-from zoo.registry import create_model, model_signature
+from zoo.registry import create_model, get_domain, model_signature
 
 MODELS = sorted(f.stem for f in (config_dir() / "model").glob("*.yaml"))
+DOMAINS = sorted(f.stem for f in (config_dir() / "domain").glob("*.yaml"))
 DATA = sorted(f.stem for f in (config_dir() / "data").glob("*.yaml"))
 
 
@@ -34,11 +37,23 @@ def test_every_model_config_builds_its_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_every_data_config_is_accepted_by_its_data_module(name: str) -> None:
-    from zoo.registry import get_domain
+def test_every_data_config_is_accepted_by_a_data_module(name: str) -> None:
+    data = compose("finetune", [f"data={name}"]).data
+    modules = [get_domain(domain).load("data") for domain in DOMAINS]
+    takers = [module for module in modules if set(data) <= set(inspect.signature(module).parameters)]
+    assert len(takers) >= 1
+    takers[0](**data)
 
-    config = compose("train", ["domain=traffic", f"data={name}"])
-    get_domain("traffic").load("data")(**config.data)
+
+def test_a_registered_model_without_a_config_is_chosen_by_its_name() -> None:
+    config = compose("train", ["domain=vision", "model=efficientvit_m0", "model.dims=[24,32,48]"])
+    assert config.model == {"name": "efficientvit_m0", "dims": [24, 32, 48]}
+    assert config.optimizer.name == "adamw"
+
+
+def test_augmentation_is_a_choice_that_the_command_line_refines() -> None:
+    augment = compose("train", ["domain=vision", "aug=imagenet", "data.augment.mixup=0.1"]).data.augment
+    assert (augment.aa, augment.mixup, augment.cutmix) == ("rand-m9-mstd0.5-inc1", 0.1, 1.0)
 
 
 def test_a_trainer_argument_that_the_configs_do_not_list_is_accepted() -> None:
@@ -59,7 +74,7 @@ def test_devices_are_whatever_lightning_takes(devices: str) -> None:
 
 @pytest.mark.parametrize("verb", ["train", "bench"])
 def test_a_verb_that_starts_from_nothing_asks_for_the_domain(verb: str) -> None:
-    with pytest.raises(ConfigError, match="domain=traffic"):
+    with pytest.raises(ConfigError, match=r"Choose a domain: .*traffic"):
         compose(verb, ["model=gman"])
 
 
@@ -68,6 +83,8 @@ def test_a_verb_that_starts_from_nothing_asks_for_the_domain(verb: str) -> None:
     [
         ("domain=trafic", "traffic"),
         ("model=gmna", "gman"),
+        ("domain=vision model=biformer_tinny", "biformer_tiny"),
+        ("domain=vision data.augment.mixp=0.1", "data.augment.mixup"),
         ("data=metr_al", "metr_la"),
         ("trainer.max_epoch=3", "trainer.max_epochs"),
         ("trainr.max_epochs=3", "trainer.max_epochs"),
@@ -84,4 +101,4 @@ def test_a_verb_that_starts_from_nothing_asks_for_the_domain(verb: str) -> None:
 )
 def test_a_mistake_names_what_would_be_right(override: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        compose("train", ["domain=traffic", override])
+        compose("train", ["domain=traffic", override] if "domain" not in override else override.split())

@@ -6,11 +6,12 @@ from zoo.attention.attend import attend
 from zoo.attention.backends import backend
 from zoo.attention.capture import AttentionMap, capture
 from zoo.attention.errors import AttentionError
+from zoo.attention.halo import Halo, Near
 from zoo.attention.heads import expand
 from zoo.attention.kernels import TopKSoftmax, softmax
 from zoo.attention.merge import merge, sink
 from zoo.attention.neighbourhood import Neighbourhood, ShiftedWindows
-from zoo.attention.packed import Groups, Neighbours
+from zoo.attention.packed import Groups, Neighbours, OrderedGroups
 from zoo.attention.patterns import Causal, Dense, EqualGroups, Padding, Pattern, Window
 from zoo.attention.rotary import rotary, rotary_tables
 from zoo.attention.scan import scan
@@ -23,8 +24,11 @@ __all__ = [
     "Dense",
     "EqualGroups",
     "Groups",
+    "Halo",
+    "Near",
     "Neighbourhood",
     "Neighbours",
+    "OrderedGroups",
     "Padding",
     "Pattern",
     "ShiftedWindows",

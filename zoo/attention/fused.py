@@ -33,6 +33,8 @@ def softmax_with_lse(
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.ndim)]
     width = max(q.shape[-1], v.shape[-1])
     out, lse = _Fused.apply(*(_rows(x, width) for x in (q, k, v)), mask, is_causal, scale)
     if mask is not None:

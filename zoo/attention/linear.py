@@ -78,6 +78,47 @@ def retention_decay(num_heads: int) -> Tensor:
     return torch.log1p(-(2.0 ** (-5.0 - torch.arange(num_heads, dtype=torch.float64)))).float()
 
 
+def magnitude_aware(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    turned: tuple[Tensor, Tensor] | None = None,
+    keep: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Linear attention that keeps the size of the query (Fan et al. 2025, MALA).
+
+    `o_i = (1 + 1 / z_i) q_i S - z_i mean(v)`, `S = scale mean_j k_j v_j^T`, `z_i = scale q_i . mean(k)`. A
+    larger query makes weights sharper, as in softmax. They sum to 1; some are negative.
+
+    Args:
+        q, k: `(B, H, N, D)` and `(B, H, M, D)`, not negative.
+        v: `(B, H, M, V)`.
+        turned: q and k with rotary positions, of which the weights are made; z is of those without.
+        keep: which keys are real, bool `(B, M)`.
+        eps: added to z.
+
+    Returns:
+        `(B, H, N, V)`.
+    """
+    dtype = v.dtype
+    q, k, v, *rotated = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v, *(turned or (q, k)))
+    )
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):
+        count: Tensor | int = k.shape[2]
+        if keep is not None:
+            count = keep.sum(1).clamp(min=1)[:, None, None, None].to(q.dtype)
+            k, v, rotated[1] = (torch.where(keep[:, None, :, None], x, 0.0) for x in (k, v, rotated[1]))
+        z = q @ (k.sum(2, keepdim=True) * (factor / count)).mT
+        state = (rotated[1].mT @ v) * (factor / count)
+        out = (rotated[0] @ state) * (1 + 1 / (z + eps)) - z * (v.sum(2, keepdim=True) / count)
+    return out.to(dtype)
+
+
 def gated_slots(
     q: Tensor,
     k: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.attention.errors import AttentionError
@@ -45,7 +46,7 @@ class Packed(Pattern):
     def cut(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tile]:
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B N, H, D)
         tiles = []
-        for bucket in self._batched(len(q) // self.tokens):
+        for bucket in self._batched(q.shape[0] // self.tokens):
             i, j = (torch.where(at < 0, -1, at % self.tokens) for at in (bucket.queries, bucket.keys))
             index = Index(bucket.queries.amax(1, keepdim=True) // self.tokens, i, j)
             rows = _gather(q, bucket.queries), _gather(k, bucket.keys), _gather(v, bucket.keys)
@@ -62,7 +63,8 @@ class Packed(Pattern):
 
     def _batched(self, batch: int) -> list[Bucket]:
         """The plan for the whole batch: as it is, or repeated with an offset for each entry."""
-        if self.batch is not None or batch == 1:
+        single = not torch.compiler.is_compiling() and batch == 1  # an export is for batches of any size
+        if self.batch is not None or single:
             return self.plan
         return [
             Bucket(self._repeat(b.queries, batch), self._repeat(b.keys, batch), b.ragged) for b in self.plan
@@ -124,6 +126,38 @@ def _group_plan(ids: Tensor) -> list[Bucket]:
         table = torch.where(rank < counts[groups, None], members[at], -1)
         plan.append(Bucket(table, table, bool((table < 0).any())))
     return plan
+
+
+class OrderedGroups(Packed):
+    """Groups of tokens that follow each other in another order than their own; the last may be smaller.
+
+    Args:
+        order: a permutation `(N,)`: which token is first, second, ...
+        size: tokens in a group.
+    """
+
+    name = "ordered groups"
+    batch = None
+
+    def __init__(self, order: Tensor, size: int) -> None:
+        if order.ndim != 1 or order.is_floating_point() or not order.numel():
+            raise AttentionError(f"an order is a permutation (N,), not {order.dtype} {tuple(order.shape)}")
+        if size < 1:
+            raise AttentionError(f"a group has at least one member, not {size}")
+        self.order, self.size, self.tokens = order, size, len(order)
+        missing = -self.tokens % size
+        rows = F.pad(order, (0, missing), value=-1).view(-1, size)
+        self.plan = [Bucket(rows, rows, bool(missing))]
+
+    def rule(self, nq: int, nk: int) -> Rule:
+        group = self.order.argsort() // self.size
+        return lambda b, h, i, j: group[i] == group[j]
+
+    def to(self, device: torch.device | str) -> OrderedGroups:
+        return OrderedGroups(self.order.to(device), self.size)
+
+    def __repr__(self) -> str:
+        return f"OrderedGroups({self.tokens}, size={self.size})"
 
 
 class Neighbours(Packed):

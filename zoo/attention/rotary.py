@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,31 @@ def rotary_tables(positions: Tensor, width: int, *, theta: float = 10_000.0) -> 
         raise AttentionError(f"rotary width must be even and positive, not {width}")
     powers = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     angles = positions.float()[..., None] * theta**-powers
+    return angles.cos(), angles.sin()
+
+
+def axial_rotary_tables(
+    positions: Sequence[Tensor], width: int, *, theta: float = 10_000.0
+) -> tuple[Tensor, Tensor]:
+    """Tables for tokens on a grid: each axis turns an equal share of the channels, the first axis the first.
+
+    The frequencies of an axis are `theta^-t` with t evenly from 0 to 1, both included (Fan et al. 2024, RMT).
+
+    Args:
+        positions: of the tokens along each axis, `(..., N)` each.
+        width: number of channels that will be rotated, a multiple of twice the number of axes.
+
+    Returns:
+        Two tables `(..., N, width / 2)`, in float32.
+    """
+    share = 2 * len(positions)
+    if width < share or width % share:
+        raise AttentionError(
+            f"rotary width {width} is not a multiple of {share}: pairs of channels for each of "
+            f"{len(positions)} axes"
+        )
+    powers = torch.linspace(0, 1, width // share, device=positions[0].device, dtype=torch.float32)
+    angles = torch.cat([at.float()[..., None] * theta**-powers for at in positions], -1)
     return angles.cos(), angles.sin()
 
 

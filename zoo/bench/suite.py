@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from omegaconf import DictConfig
+from rich.console import RenderableType
 
 from zoo.bench.compare import Job, compare, scaling
 from zoo.bench.machine import chosen_device, machine
@@ -17,7 +20,13 @@ from zoo.bench.timing import Call, pinned
 from zoo.errors import ConfigError, UnknownName, did_you_mean
 from zoo.registry import load_object
 
-SUITES = {"primitives": "zoo.bench.attention:SUITE", "vision": "domains.vision.bench:SUITE"}
+SUITES = {
+    "primitives": "zoo.bench.attention:SUITE",
+    "vision": "domains.vision.bench:SUITE",
+    "forecasting": "domains.forecasting.bench:SUITE",
+    "image_attention": "domains.vision.compare:run",
+}
+"""Each a `Suite`, or a function from the config and the device to what is shown and written."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,16 @@ class Suite:
         return found
 
 
-def run_suite(cfg: DictConfig) -> Report:
-    """Time and memory of `cfg.suite`, or of what in it is like `cfg.only`.
+class Result(Protocol):
+    """What a run found."""
+
+    def write(self, path: Path) -> None: ...
+
+    def __rich__(self) -> RenderableType: ...
+
+
+def run_suite(cfg: DictConfig) -> Result:
+    """Time and memory of `cfg.suite`, or of what in it is like `cfg.only`; `cfg.quick` only tries it out.
 
     Raises:
         ConfigError: no such suite or device.
@@ -90,12 +107,16 @@ def run_suite(cfg: DictConfig) -> Report:
         hint = did_you_mean(cfg.suite, SUITES)
         raise ConfigError(f"There is no suite {cfg.suite!r}.{hint} Suites: {', '.join(SUITES)}.")
     device = chosen_device(cfg.device)
-    suite: Suite = load_object(SUITES[cfg.suite]).only(cfg.only or "*")
+    found: Suite | Callable[[DictConfig, torch.device], Result] = load_object(SUITES[cfg.suite])
     with pinned(cfg.threads):
         torch.manual_seed(cfg.seed)
+        if not isinstance(found, Suite):
+            return found(cfg, device)
+        suite = found.only(cfg.only or "*")
+        repeats = 1 if cfg.quick else cfg.repeats
         rows = tuple(
             dataclasses.replace(
-                compare(case.build(device), tolerance=case.tolerance, repeats=cfg.repeats, device=device),
+                compare(case.build(device), tolerance=case.tolerance, repeats=repeats, device=device),
                 name=case.name,
                 target=case.target,
                 items=case.items,
@@ -107,11 +128,11 @@ def run_suite(cfg: DictConfig) -> Report:
             scaling(
                 growth.name,
                 lambda size, growth=growth: growth.build(size, device),
-                growth.sizes,
-                repeats=cfg.repeats,
+                growth.sizes[:2] if cfg.quick else growth.sizes,
+                repeats=repeats,
                 device=device,
             )
             for growth in suite.growth
         )
-    settings = {key: cfg[key] for key in ("suite", "only", "repeats")}
+    settings = {key: cfg[key] for key in ("suite", "only", "quick", "repeats")}
     return Report(f"suite {cfg.suite}", settings, machine(device), rows, curves)

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from zoo.errors import ZooError, did_you_mean
 
-VERBS = ("train", "evaluate", "predict", "finetune", "list", "info", "data", "weights", "bench")
+VERBS = ("train", "evaluate", "predict", "explain", "finetune", "list", "info", "data", "weights", "bench")
 
 
 class LazyVerbs(TyperGroup):
@@ -42,6 +42,8 @@ def zoo() -> None:
       zoo train domain=traffic model=stid data=metr_la data.path=metr-la.h5
 
       zoo predict run=RUN input=recent.csv output=forecast.csv
+
+      zoo train domain=vision data=imagefolder data.path=photos
     """
 
 

@@ -30,6 +30,8 @@ def bench(
 
       zoo bench suite=primitives only=window threads=1
 
+      zoo bench suite=image_attention threads=1
+
       zoo bench domain=vision threads=1
 
       zoo bench domain=traffic

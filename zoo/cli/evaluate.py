@@ -15,16 +15,22 @@ app = typer.Typer()
 
 @app.command()
 def evaluate(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
-    """Test trained weights on the test part of their data, or of other data of the same sensors.
+    """Test trained weights on the test part of their data, or on other data of the same sensors or classes.
+
+    Classes are matched by name. For official weights, name the model.
 
     Examples:
 
       zoo evaluate run=runs/traffic/gman/2026-01-31_12-00-00
 
       zoo evaluate checkpoint=model.safetensors data=metr_la data.path=metr-la.h5
+
+      zoo evaluate run=RUN data=imagefolder data.path=photos
+
+      zoo evaluate model=efficientvit_m4 checkpoint=official.pth data=imagefolder data.path=imagenet/val
     """
     given = overrides or []
-    if chosen := [text for text in given if text.startswith(("model=", "model.", "domain="))]:
+    if chosen := [text for text in given if text.startswith(("model.", "domain="))]:
         raise ConfigError(
             f"zoo evaluate takes model and domain from the weights; leave out {' '.join(chosen)}."
         )

@@ -15,10 +15,11 @@ app = typer.Typer()
 
 @app.command()
 def finetune(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
-    """Train further from weights of the zoo, on the same or on other data.
+    """Train further from weights of the zoo or of an official program, on the same or on other data.
 
-    Methods: full, head (the output layers alone), probe (fresh output layers on frozen features), lora
-    (low-rank updates of linear layers; needs the extra "llm").
+    Methods: full, head (the output layers alone), probe (fresh output layers on frozen features;
+    probe=linear, or probe=attentive: learned queries over the tokens), lora (low-rank updates of linear
+    layers and of 1 x 1 convolutions; needs the extra "llm").
 
     Examples:
 
@@ -26,12 +27,18 @@ def finetune(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
 
       zoo finetune checkpoint=model.safetensors data=simulated method=head optimizer.lr=1e-4
 
+      zoo finetune model=biformer_tiny checkpoint=biformer_tiny_best.pth data=imagefolder data.path=photos
+
+      zoo finetune checkpoint=RUN data=imagefolder data.path=photos method=probe probe=attentive
+
       zoo finetune checkpoint=RUN data=simulated finetune.layer_decay=0.8 'finetune.freeze=["embedding.*"]'
     """
     given = overrides or []
-    if chosen := [text for text in given if text.startswith(("model=", "model."))]:
+    if chosen := [text for text in given if text.startswith("model.")]:
         raise ConfigError(f"zoo finetune takes the model from the checkpoint; leave out {' '.join(chosen)}.")
-    config = compose("finetune", given)
+    named = [text.removeprefix("model=") for text in given if text.startswith("model=")]
+    config = compose("finetune", [text for text in given if not text.startswith("model=")])
+    config.finetune.model = named[-1] if named else None
     if cfg:
         console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
         return

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from zoo.cli.console import console
 from zoo.cli.train import Overrides, ShowConfig
@@ -14,35 +12,66 @@ from zoo.errors import ConfigError
 
 app = typer.Typer()
 
+WEIGHTS = ("run", "checkpoint", "model")
+
 
 @app.command()
 def predict(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
-    """Forecast from recent readings with trained weights; the model comes from the checkpoint alone.
+    """Predict with trained weights: forecasts from recent readings, labels of images.
+
+    The model comes from the weights alone; for official weights, from its name. What else may be set depends
+    on its domain: add --cfg to see it.
 
     Examples:
 
-      zoo predict run=RUN input=recent.csv output=forecast.csv
+      zoo predict run=RUN input=recent.csv output=forecast.csv plots=plots
 
-      zoo predict checkpoint=model.safetensors input=metr-la.h5 output=forecast.parquet plots=plots
+      zoo predict run=RUN input=week.csv 'at=2012-03-07 08:00' sensors=[773869,767541]
 
-      zoo predict run=RUN input=week.csv 'at=2012-03-07 08:00' plots=plots sensors=[773869,767541]
+      zoo predict run=RUN input=photos output=labels.csv plots=plots
+
+      zoo predict model=chronos2 checkpoint=DIR data=sales.csv horizon=24 target=sales known=[price]
+
+      zoo predict model=biformer_tiny checkpoint=official.pth input=photo.jpg classes=imagenet.txt
     """
-    config = compose("predict", overrides or [])
+    config = _config(overrides or [])
     if cfg:
         console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
         return
-    if bool(config.run) == bool(config.checkpoint):
-        raise ConfigError("zoo predict needs either run=RUN or checkpoint=FILE.safetensors.")
     from zoo.registry import get_domain
-    from zoo.weights.checkpoint import load_model
+    from zoo.training.run import load_trained
 
-    model, facts = load_model(_weights(config.run) if config.run else config.checkpoint)
+    model, facts = load_trained(config, "predict")
     domain = get_domain(model.zoo_config["domain"])  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
     for path in domain.load("predict")(model, facts, config):
         console.print(str(path), highlight=False, soft_wrap=True)
 
 
-def _weights(run: str) -> Path:
-    from zoo.training.run import weights_of
+def _config(overrides: list[str]) -> DictConfig:
+    """The config with the options of the domain that the weights named belong to."""
+    overrides, wanted = _without_domain(overrides)
+    named = [text for text in overrides if text.startswith(tuple(f"{name}=" for name in WEIGHTS))]
+    if not named:
+        try:
+            return compose("predict", overrides)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error} Options of a domain are known once run=RUN or checkpoint=FILE names weights."
+            ) from None
+    from zoo.training.run import domain_of
 
-    return weights_of(run)
+    domain = domain_of(compose("predict", named), "predict")
+    if wanted and domain and wanted != domain:
+        raise ConfigError(f"These weights are for domain={domain}, not for domain={wanted}.")
+    return compose("predict", [f"predict={domain}", *overrides] if domain else overrides)
+
+
+def _without_domain(overrides: list[str]) -> tuple[list[str], str]:
+    """The overrides but `domain=NAME`, which the weights tell anyhow; `data=FILE` becomes `input=FILE`."""
+    given = [text.removeprefix("domain=") for text in overrides if text.startswith("domain=")]
+    rest = [
+        f"input={text.removeprefix('data=')}" if text.startswith("data=") else text
+        for text in overrides
+        if not text.startswith("domain=")
+    ]
+    return rest, given[-1] if given else ""

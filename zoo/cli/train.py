@@ -26,6 +26,10 @@ def train(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
 
       zoo train domain=traffic model=st_llm data=metr_la data.path=metr-la.h5 trainer.max_epochs=20
 
+      zoo train domain=vision
+
+      zoo train domain=vision model=efficientvit_m0 data=imagefolder data.path=photos aug=imagenet
+
       zoo train domain=traffic trainer.devices=2 trainer.strategy=ddp ema.decay=0.999
 
       zoo train resume=runs/traffic/gman/2026-01-31_12-00-00 trainer.max_epochs=40

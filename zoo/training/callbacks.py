@@ -146,7 +146,7 @@ class Checkpoints(Checkpoint):
         if mode not in ("min", "max"):
             raise ConfigError(f"checkpointing.mode={mode}: write min or max.")
         self.folder, self.monitor, self.every_n_steps = folder, monitor, every_n_steps
-        self.sign = 1 if mode == "min" else -1
+        self.mode, self.sign = mode, 1 if mode == "min" else -1
         self.best = math.inf
         self.last_step = 0
 

@@ -7,7 +7,10 @@ uninterrupted process.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -18,11 +21,34 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default
 from zoo.errors import ConfigError
 
 
-class SeededOrder(Sampler[int]):
-    """The indices 0 ... size-1; shuffled by (seed, epoch) alone when `shuffle` is set."""
+@contextmanager
+def drawn_from(*key: int) -> Iterator[None]:
+    """Within, what `random`, numpy and torch (on the CPU) draw depends on `key` alone; afterwards they go on.
 
-    def __init__(self, size: int, *, shuffle: bool, seed: int = 0) -> None:
-        self.size, self.shuffle, self.seed, self.epoch = size, shuffle, seed, 0
+    For augmentation by libraries that draw from the global generators.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    mixed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.default_generator.manual_seed(mixed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class SeededOrder(Sampler[int]):
+    """The indices 0 ... size-1; shuffled by (seed, epoch) alone when `shuffle` is set.
+
+    With `repeats` above 1, a shuffled epoch has the first part of the samples, each so many times in a row:
+    copy r of sample i is the index `i + r * size`.
+    """
+
+    def __init__(self, size: int, *, shuffle: bool, seed: int = 0, repeats: int = 1) -> None:
+        self.size, self.shuffle, self.seed, self.repeats, self.epoch = size, shuffle, seed, repeats, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration; Lightning calls this at the start of every epoch."""
@@ -38,7 +64,9 @@ class SeededOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            yield from torch.randperm(self.size, generator=self.generator()).tolist()
+            order = torch.randperm(self.size, generator=self.generator()).repeat_interleave(self.repeats)
+            copies = torch.arange(self.size) % self.repeats
+            yield from (order[: self.size] + self.size * copies).tolist()
         else:
             yield from range(self.size)
 
@@ -84,7 +112,8 @@ class ResumableLoader(DataLoader):
     """A DataLoader that can stop after any batch and go on from there.
 
     Lightning stores `state_dict` in its checkpoints and hands it back on resume. Draws no number from the
-    global generators: worker seeds come from (seed, epoch), too.
+    global generators: worker seeds come from (seed, epoch), too. A data set with a method `set_epoch` is told
+    the epoch before its workers start.
     """
 
     batch_sampler: ShardedBatches
@@ -95,12 +124,15 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.delivered = self.batch_sampler.first
+        return self._batches()
+
+    def _batches(self) -> Iterator[Any]:
+        """Starts with the first batch, not before: Lightning sets the epoch of a resumed run in between."""
         order = cast(SeededOrder, self.batch_sampler.sampler)
         cast(torch.Generator, self.generator).set_state(order.generator().get_state())
-        return self._counted(super().__iter__())
-
-    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
+        if hasattr(self.dataset, "set_epoch"):
+            cast(Any, self.dataset).set_epoch(order.epoch)
+        for batch in super().__iter__():
             self.delivered += 1
             yield batch
 
@@ -123,6 +155,8 @@ class DataModule(pl.LightningDataModule):
         seed: fixes the order of the training samples.
     """
 
+    repeats: int = 1
+    """Copies of each training sample in a batch, see `SeededOrder`."""
     train_set: Dataset
     val_set: Dataset
     test_set: Dataset
@@ -158,6 +192,23 @@ class DataModule(pl.LightningDataModule):
         """Json-able facts that weights trained on these data depend on, stored with them."""
         return {}
 
+    @staticmethod
+    def make(output: Path | None = None, **options: Any) -> list[Path]:
+        """Write the embedded data as files, for `zoo data make`; a ConfigError in a domain without such."""
+        raise ConfigError(
+            "The embedded data of this domain come with its libraries: there is nothing to make."
+        )
+
+    @staticmethod
+    def describe(path: Path, **reading: Any) -> tuple[dict[str, str], list[dict[str, str]]]:
+        """Facts and a table of what `path` holds, for `zoo data info`; a ConfigError in a domain without."""
+        raise ConfigError("This domain has no description of data files.")
+
+    @staticmethod
+    def convert(source: Path, target: Path, **reading: Any) -> Any:
+        """Write data in another format, for `zoo data convert`; a ConfigError in a domain with one format."""
+        raise ConfigError("This domain does not convert data files.")
+
     def size(self, split: str) -> int:
         """Number of samples of `split`, which is "train", "val" or "test"."""
         return len(cast(Sized, getattr(self, f"{split}_set")))
@@ -166,7 +217,7 @@ class DataModule(pl.LightningDataModule):
         """The loader of this process' share of `dataset`, at the epoch where the trainer stands."""
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        order = SeededOrder(len(cast(Sized, dataset)), shuffle=shuffle, seed=self.seed)
+        order = SeededOrder(len(cast(Sized, dataset)), shuffle=shuffle, seed=self.seed, repeats=self.repeats)
         order.set_epoch(trainer.current_epoch if trainer else 0)
         return ResumableLoader(
             dataset,

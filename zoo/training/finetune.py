@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from zoo.attention.layers import AttentionLayer
 from zoo.cli.console import console
 from zoo.errors import ConfigError, did_you_mean, require
 from zoo.registry import create_model, model_signature
 from zoo.weights.checkpoint import LoadReport, load_state, matches, read_checkpoint
 
 METHODS = ("full", "head", "lora", "probe")
+PROBES = ("linear", "attentive")
 
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "query", "key", "value")
 """What models call the linear layers that make queries, keys and values."""
@@ -46,10 +48,11 @@ def starting_point(path: str | Path, kwargs: Mapping[str, Any]) -> tuple[nn.Modu
 def adapt(model: nn.Module, cfg: DictConfig) -> None:
     """Choose what is trained, by `cfg.method`: in place.
 
-    `full`: everything. `head`: the head alone. `probe`: a fresh head on frozen features. `lora`: low-rank
-    updates of linear layers (Hu et al. 2022) and the head. The head is `model.head`, else the last child.
-    Names that match `cfg.freeze` stay frozen under any method. A module whose parameters are all frozen runs
-    in eval mode, so that its running statistics stay, too.
+    `full`: everything. `head`: the head alone. `probe`: a fresh head on frozen features, see `fresh_probe`.
+    `lora`: low-rank updates of linear layers and 1 x 1 convolutions (Hu et al. 2022) and the head. The head
+    is `model.head`, with the weights of `model.pool` if it has some, else the last child. Names that match
+    `cfg.freeze` stay frozen under any method. A module whose parameters are all frozen runs in eval mode, so
+    that its running statistics stay, too; nothing in front of what is trained is kept for a backward pass.
 
     Raises:
         ConfigError: unknown method, or a `freeze` glob or LoRA target that matches nothing.
@@ -60,10 +63,11 @@ def adapt(model: nn.Module, cfg: DictConfig) -> None:
             f"There is no method={cfg.method}.{did_you_mean(cfg.method, METHODS)} "
             f"Methods: {', '.join(METHODS)}."
         )
-    head = _head(model)
-    trainable = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith(f"{head}.")]
     if cfg.method == "probe":
-        _renew(model, head)
+        fresh_probe(model, cfg.probe)
+    linear_probe = cfg.method == "probe" and cfg.probe.kind == "linear"
+    heads = tuple(f"{name}." for name in _heads(model) if not (linear_probe and name == "pool"))
+    trainable = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith(heads)]
     if cfg.method != "full":
         model.requires_grad_(False)
     if cfg.method == "lora":
@@ -92,16 +96,41 @@ def merge_lora(model: nn.Module) -> None:
             model.set_submodule(name, module.get_base_layer())
 
 
-def _head(model: nn.Module) -> str:
-    names = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-    return "head" if "head" in names else names[-1]
+def fresh_probe(model: nn.Module, cfg: DictConfig) -> None:
+    """Give a model a fresh head, and write into its config what that changes: in place.
 
+    `linear`: a linear layer. `attentive`: learned queries over the tokens before it (`cfg.attentive` holds
+    the arguments of the pool). Models whose head can be reset get a batch norm without weights of its own
+    before the linear layer, as in the probes of masked autoencoders, unless their head starts with a norm.
 
-def _renew(model: nn.Module, head: str) -> None:
-    """Give the head the weights of a new model."""
-    built = model.zoo_config  # pyright: ignore[reportAttributeAccessIssue]
-    fresh = create_model(f"{built['domain']}/{built['name']}", **built["config"])  # pyright: ignore
+    Raises:
+        ConfigError: unknown kind of probe, or a model that has no pool to exchange.
+    """
+    kind = cfg.kind
+    if kind not in PROBES:
+        raise ConfigError(
+            f"There is no probe={kind}.{did_you_mean(kind, PROBES)} Probes: {', '.join(PROBES)}."
+        )
+    built: Any = model.zoo_config
+    if hasattr(model, "reset_classifier"):
+        backbone: Any = model
+        changes: dict[str, Any] = {"head_norm": type(backbone.head) is nn.Linear}
+        if kind == "attentive":
+            options = OmegaConf.to_container(cfg.attentive, resolve=True)
+            changes["global_pool"] = {"name": "attentive", **cast(dict, options)}
+        backbone.reset_classifier(backbone.num_classes, **changes)
+        built["config"] = built["config"] | changes
+        return
+    if kind != "linear":
+        raise ConfigError(f"Model {built['name']!r} has no pool to exchange: probe=linear alone works.")
+    (head,) = _heads(model)
+    fresh = create_model(f"{built['domain']}/{built['name']}", **built["config"])
     model.get_submodule(head).load_state_dict(fresh.get_submodule(head).state_dict())
+
+
+def _heads(model: nn.Module) -> list[str]:
+    names = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    return [name for name in names if name in ("pool", "head")] if "head" in names else names[-1:]
 
 
 def _freeze(model: nn.Module, globs: list[str]) -> None:
@@ -116,14 +145,14 @@ def _freeze(model: nn.Module, globs: list[str]) -> None:
 
 def _add_lora(model: nn.Module, cfg: DictConfig) -> None:
     peft = require("peft", "llm")
-    linear = [name for name, module in model.named_modules() if _is_linear(module)]
-    chosen = [n for n in linear if matches(n, cfg.target)] if cfg.target else _in_attention(linear)
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    chosen = [n for n in linear if matches(n, cfg.target)] if cfg.target else _in_attention(model, linear)
     if not chosen:
         raise ConfigError(
             "No linear layer for LoRA: "
             + (f"none matches {list(cfg.target)}; " if cfg.target else "none in attention; ")
             + (
-                f"the model has {', '.join(linear[:8])}. Set finetune.lora.target."
+                f"the model has {', '.join(list(linear)[:8])}. Set finetune.lora.target."
                 if linear
                 else "the model has none."
             )
@@ -138,11 +167,19 @@ def _add_lora(model: nn.Module, cfg: DictConfig) -> None:
     peft.inject_adapter_in_model(config, model)
 
 
-def _in_attention(names: list[str]) -> list[str]:
-    """By a module called attention, or else by the usual names of its projections."""
-    inside = [name for name in names if "att" in name.lower()]
-    return inside or [name for name in names if name.rpartition(".")[2] in PROJECTIONS]
+def _in_attention(model: nn.Module, linear: Iterable[str]) -> list[str]:
+    """By a module that is one of attention, in name or in kind, or else by the usual names of projections."""
+    modules = [name for name, module in model.named_modules() if name and _is_attention(module)]
+    inside = [n for n in linear if "att" in n.lower() or any(n.startswith(f"{m}.") for m in modules)]
+    return inside or [name for name in linear if name.rpartition(".")[2] in PROJECTIONS]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, AttentionLayer) or type(module).__name__.endswith("Attention")
 
 
 def _is_linear(module: nn.Module) -> bool:
+    """Also a convolution of single pixels."""
+    if type(module) is nn.Conv2d:
+        return module.kernel_size == (1, 1) and module.groups == 1
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"

@@ -6,9 +6,9 @@ import fnmatch
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,7 +31,8 @@ def build_optimizer(model: nn.Module, *, name: str, layer_decay: float = 1.0, **
         model: its tensors of at most one dimension, and those that its optional `no_weight_decay()` names
             (globs), get no weight decay.
         name: class name in lower case, such as `adamw`.
-        layer_decay: factor on the learning rate from each layer to the one before it.
+        layer_decay: factor on the learning rate from each layer to the one before it; layers are what
+            timm's `group_matcher()` of the model says, else its children.
         options: `lr`, `weight_decay`, `betas`, `eps` and whatever else the class takes.
 
     Raises:
@@ -58,17 +59,28 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters by weight decay (on or off), and by depth where `layer_decay` differs from 1."""
     exempt = set(getattr(model, "no_weight_decay", set)())
-    layers = _layers(model)
+    below = _layers_below(model) if layer_decay != 1.0 else defaultdict(int)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
-            depth = len(layers) - _depth(name, layers) if layer_decay != 1.0 else 0
-            groups[depth, decays].append(parameter)
+            groups[below[name], decays].append(parameter)
     return [
         {"params": parameters, "lr": lr * layer_decay**depth, "weight_decay": weight_decay if decays else 0.0}
         for (depth, decays), parameters in groups.items()
     ]
+
+
+def _layers_below(model: nn.Module) -> Mapping[str, int]:
+    """How many layers each parameter is away from the output."""
+    names = [name for name, _ in model.named_parameters()]
+    if hasattr(model, "group_matcher"):
+        from timm.models import group_parameters
+
+        place = cast(dict[str, int], group_parameters(model, cast(Any, model).group_matcher(), reverse=True))
+        return {name: max(place.values()) - place[name] for name in names}
+    layers = _layers(model)
+    return {name: len(layers) - _depth(name, layers) for name in names}
 
 
 def _layers(model: nn.Module) -> list[str]:
@@ -92,6 +104,7 @@ def build_schedule(
     steps_per_epoch: Fraction,
     name: str = "constant",
     warmup_steps: int = 0,
+    warmup_epochs: float = 0,
     min_lr: float = 0.0,
     gamma: float = 0.7,
     every_steps: int | None = None,
@@ -105,7 +118,7 @@ def build_schedule(
         steps_per_epoch: samples per epoch over samples per step.
         name: `constant`; `cosine` down to `min_lr` at the last step; `step`, times `gamma` once per period;
             `exponential`, the same without the stairs.
-        warmup_steps: the first steps rise linearly.
+        warmup_steps, warmup_epochs: the first steps, or those of the first epochs, rise linearly.
         min_lr: the rate never falls below it after the warm-up.
         every_steps, every_epochs: the period; see `period`.
 
@@ -113,6 +126,7 @@ def build_schedule(
         ConfigError: there is no schedule of this name.
     """
     floor, steps = min_lr / lr, period(steps_per_epoch, every_steps, every_epochs)
+    warmup_steps = warmup_steps or int(warmup_epochs * steps_per_epoch)
     curves: dict[str, Callable[[int], float]] = {
         "constant": lambda step: 1.0,
         "cosine": lambda step: (

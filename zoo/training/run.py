@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import platform
@@ -21,12 +22,13 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, LambdaCallback
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch import nn
 
 from zoo import config as zoo_config
 from zoo.cli.console import console, errors
 from zoo.errors import CheckpointError, ConfigError, ZooError, did_you_mean
 from zoo.files import atomic_write
-from zoo.registry import get_domain
+from zoo.registry import Domain, create_model, from_official, get_domain, model_card
 from zoo.training.callbacks import Checkpoints, MetricsTable, Patience, ProgressLine, RandomState, StopAtStep
 from zoo.training.checkpoint_io import AtomicCheckpointIO
 from zoo.training.data import DataModule
@@ -65,7 +67,7 @@ def train(cfg: DictConfig) -> RunResult | None:
             f"Go on with zoo train resume={folder}, or choose another run_dir."
         )
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    checkpoints = Checkpoints(folder / "checkpoints", **cfg.checkpointing)
+    checkpoints = _checkpoints(cfg, folder)
     resumed = checkpoints.last_path if cfg.resume and checkpoints.last_path.is_file() else None
     data, task = _build(cfg, resumed)
     trainer = _trainer(cfg, folder, checkpoints)
@@ -82,23 +84,61 @@ def train(cfg: DictConfig) -> RunResult | None:
 
 
 def finetune(cfg: DictConfig) -> RunResult | None:
-    """Train from the weights of `cfg.finetune.checkpoint`, by `cfg.finetune.method`; otherwise as `train`."""
-    if not cfg.finetune.checkpoint:
-        raise ConfigError("zoo finetune needs checkpoint=RUN or checkpoint=FILE.safetensors.")
-    meta = read_checkpoint(_source(cfg))[1]
-    if not meta:
-        raise CheckpointError(
-            f"{cfg.finetune.checkpoint} carries no model config. Give a run or its model.safetensors."
+    """Train from the weights of `cfg.finetune.checkpoint`, by `cfg.finetune.method`; otherwise as `train`.
+
+    Official weights, of the model `cfg.finetune.model`, are first converted: `start.safetensors` in the run
+    folder.
+    """
+    if not (cfg.finetune.checkpoint or cfg.finetune.model):
+        raise ConfigError(
+            "zoo finetune needs checkpoint=RUN or checkpoint=FILE.safetensors, or for official weights "
+            "model=NAME, with checkpoint=FILE if they are not to be fetched."
         )
     if not cfg.get("data"):
         raise ConfigError("zoo finetune needs data to train on, for example data=metr_la data.path=FILE.")
+    cfg = cast(DictConfig, OmegaConf.create(dict(cfg)))
+    if cfg.finetune.model:
+        _convert_official(cfg)
+    meta = read_checkpoint(_source(cfg))[1]
+    if not meta:
+        raise CheckpointError(
+            f"{cfg.finetune.checkpoint} carries no model config. Give a run or its model.safetensors, or for "
+            "an official file the name of the model: model=NAME."
+        )
     built = meta["model"]
     chosen = {
         "model": {"name": built["name"], **built["config"]},
         "domain": {"name": built["domain"]},
-        "data": get_domain(built["domain"]).load("task").data_options(meta["extra"]),
+        "data": get_domain(built["domain"]).load("task").data_options(meta["extra"], cfg.data),
     }
-    return train(cast(DictConfig, OmegaConf.merge(OmegaConf.create(dict(cfg)), chosen)))
+    return train(cast(DictConfig, OmegaConf.merge(cfg, chosen)))
+
+
+def _convert_official(cfg: DictConfig) -> None:
+    """Make a checkpoint of ours of official weights, and enter it as the one to start from."""
+    given = OmegaConf.create({"run": None, **{key: cfg.finetune[key] for key in ("checkpoint", "model")}})
+    file = given.checkpoint
+    if file and (_is_run(file) or _told_by(file)):
+        raise ConfigError(
+            f"zoo finetune takes the model from the checkpoint; leave out model={given.model}: "
+            f"{file} is no official file."
+        )
+    model, facts = load_trained(given, "finetune")
+    built: Any = model.zoo_config
+    if not cfg.run_dir:
+        named = OmegaConf.create({"domain": {"name": built["domain"]}, "model": {"name": built["name"]}})
+        cfg.run_dir = str(_new_folder(named))
+    cfg.finetune.checkpoint = str(Path(cfg.run_dir) / "start.safetensors")
+    save_model(model, cfg.finetune.checkpoint, extra=facts)
+
+
+def _is_run(path: str) -> bool:
+    return (Path(path) / "config.yaml").is_file()
+
+
+def _told_by(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint file says of its model; nothing where it is a folder of an official program."""
+    return {} if Path(path).is_dir() else read_checkpoint(path)[1]
 
 
 def resumed_config(run: str | Path, overrides: list[str]) -> DictConfig:
@@ -136,10 +176,21 @@ def resumed_config(run: str | Path, overrides: list[str]) -> DictConfig:
     return cfg
 
 
+def _checkpoints(cfg: DictConfig, folder: Path) -> Checkpoints:
+    """By the task's own metric where the config names none; another is minimised unless the config says."""
+    task = get_domain(cfg.domain.name).load("task")
+    options = {key: value for key, value in cfg.checkpointing.items() if value is not None}
+    monitor = options.setdefault("monitor", task.monitor)
+    options.setdefault("mode", task.mode if monitor == task.monitor else "min")
+    return Checkpoints(folder / "checkpoints", **cast(Any, options))
+
+
 def _build(cfg: DictConfig, resumed: Path | None) -> tuple[DataModule, Task]:
     domain = get_domain(cfg.domain.name)
-    data: DataModule = domain.load("data")(**({"seed": cfg.seed} | dict(cfg.data)))
-    data.prepare_data()
+    trained = model_card(cfg.model.name, count=False).domain
+    if trained != domain.name:
+        raise ConfigError(f"The model {cfg.model.name} is for domain={trained}, not {domain.name}.")
+    data = _data(domain, {"seed": cfg.seed} | dict(cfg.data))
     data.setup("fit")
     task_class = domain.load("task")
     started = resumed is not None or "finetune" not in cfg
@@ -149,6 +200,22 @@ def _build(cfg: DictConfig, resumed: Path | None) -> tuple[DataModule, Task]:
     if cfg.compile:
         task.model.compile()
     return data, task
+
+
+def _data(domain: Domain, settings: Any) -> DataModule:
+    """The data module, its files at hand; a ConfigError for settings that it does not take."""
+    module = domain.load("data")
+    known = inspect.signature(module).parameters
+    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    for name in settings:
+        if name not in known and not any_name:
+            raise ConfigError(
+                f"The data of domain={domain.name} have no option data.{name}."
+                f"{did_you_mean(str(name), known)} Is data={settings.get('name')} for another domain?"
+            )
+    data: DataModule = module(**settings)
+    data.prepare_data()
+    return data
 
 
 def _trainer(cfg: DictConfig, folder: Path, checkpoints: Checkpoints) -> pl.Trainer:
@@ -168,10 +235,8 @@ def _trainer(cfg: DictConfig, folder: Path, checkpoints: Checkpoints) -> pl.Trai
     callbacks += [StopAtStep(max_steps)] if max_steps > 0 else []
     callbacks += [EMA(**cfg.ema)] if cfg.ema else []
     if cfg.early_stopping:
-        monitored = {"monitor": checkpoints.monitor, "mode": cfg.checkpointing.mode} | dict(
-            cfg.early_stopping
-        )
-        callbacks.append(Patience(**monitored, check_finite=False))
+        monitored = {"monitor": checkpoints.monitor, "mode": checkpoints.mode} | dict(cfg.early_stopping)
+        callbacks.append(Patience(**cast(Any, monitored), check_finite=False))
     callbacks += [ProgressLine()] if options.get("enable_progress_bar", True) else []
     logger = TensorBoardLogger(folder, name="tensorboard", version="") if cfg.logger.tensorboard else False
     defaults = {"num_sanity_val_steps": 0, "enable_model_summary": False, "log_every_n_steps": 10}
@@ -220,25 +285,21 @@ def evaluate(cfg: DictConfig) -> RunResult | None:
 
     Raises:
         ConfigError: neither or both of `run` and `checkpoint` are given, or no data.
-        CheckpointError: there are no such weights, or they belong to other sensors or another task.
+        CheckpointError: there are no such weights, or they belong to other sensors, classes or another task.
     """
     _quiet()
-    if bool(cfg.run) == bool(cfg.checkpoint):
-        raise ConfigError("zoo evaluate needs either run=RUN or checkpoint=FILE.safetensors.")
-    path = weights_of(cfg.run) if cfg.run else Path(cfg.checkpoint)
+    model, facts = load_trained(cfg, "evaluate")
     stored = _stored_config(Path(cfg.run)) if cfg.run else OmegaConf.create({})
-    model, facts = load_model(path)
     domain = get_domain(model.zoo_config["domain"])  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
     settings = cfg.get("data") or stored.get("data")
     if not settings:
         raise ConfigError(
             "zoo evaluate checkpoint=FILE needs data to test on, for example data=metr_la data.path=FILE."
         )
-    data: DataModule = domain.load("data")(**settings)
-    data.prepare_data()
-    data.setup("test")
+    data = _data(domain, settings)
+    data.setup("test" if cfg.get("data") else "fit")
     task_class = domain.load("task")
-    task_class.check(facts, data, str(path))
+    task_class.check(facts, data, str(cfg.run or cfg.checkpoint or cfg.model))
     task_class.prepare(facts, data)
     task: Task = task_class(model, stored, facts)
     trainer = pl.Trainer(
@@ -249,6 +310,46 @@ def evaluate(cfg: DictConfig) -> RunResult | None:
         return None
     folder = Path(cfg.output or (cfg.run or "evaluation"))
     return RunResult(folder, _report(cfg, folder, task, data))
+
+
+def load_trained(cfg: DictConfig, verb: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that a verb was given, in eval mode, and the facts stored with its weights.
+
+    Args:
+        cfg: `run=RUN`; or `checkpoint=FILE`; or `model=NAME` with an official `checkpoint=FILE`, or without,
+            for its published weights.
+
+    Raises:
+        ConfigError: none of these is given, or both of run and checkpoint.
+        CheckpointError: the weights cannot be read, or do not belong to the model.
+    """
+    _check_named_once(cfg, verb)
+    if cfg.run:
+        return load_model(weights_of(cfg.run))
+    if not cfg.model or (cfg.checkpoint and _told_by(cfg.checkpoint)):
+        return load_model(cfg.checkpoint)
+    if cfg.checkpoint:
+        model = from_official(cfg.model, cfg.checkpoint)
+    else:
+        model = create_model(cfg.model, pretrained=True).eval()
+    built: Any = model.zoo_config
+    return model, get_domain(built["domain"]).load("task").facts_of(model)
+
+
+def domain_of(cfg: DictConfig, verb: str) -> str | None:
+    """The domain of the weights that `load_trained` would take, as far as it can be told."""
+    _check_named_once(cfg, verb)
+    path = weights_of(cfg.run) if cfg.run else cfg.checkpoint
+    meta = _told_by(path) if path else {}
+    return meta["model"]["domain"] if meta else cfg.model and model_card(cfg.model, count=False).domain
+
+
+def _check_named_once(cfg: DictConfig, verb: str) -> None:
+    if bool(cfg.run) == bool(cfg.checkpoint or cfg.model):
+        raise ConfigError(
+            f"zoo {verb} needs either run=RUN or checkpoint=FILE.safetensors, or for official weights "
+            "model=NAME, with checkpoint=FILE if they are not to be fetched."
+        )
 
 
 def _source(cfg: DictConfig) -> Path:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import pytorch_lightning as pl
 import torch
@@ -56,8 +56,13 @@ class Task(pl.LightningModule):
 
     Args:
         model: the network; parameters with `requires_grad=False` stay as they are.
-        cfg: the run's config; `optimizer`, `schedule` and optionally `finetune.layer_decay` are read.
+        cfg: the run's config; `optimizer` and `schedule` are read, and for a layer decay that `optimizer`
+            does not give `finetune.layer_decay`.
     """
+
+    monitor: ClassVar[str] = "val/loss"
+    """Metric by which the best weights are chosen where `checkpointing.monitor` is null."""
+    mode: ClassVar[str] = "min"
 
     def __init__(self, model: nn.Module, cfg: DictConfig) -> None:
         super().__init__()
@@ -92,8 +97,16 @@ class Task(pl.LightningModule):
         raise NotImplementedError
 
     @staticmethod
-    def data_options(facts: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of the data module that make inputs such as the weights stored with `facts` take."""
+    def facts_of(model: nn.Module) -> dict[str, Any]:
+        """What stands for the facts of weights that carry none, as official ones."""
+        return {}
+
+    @staticmethod
+    def data_options(facts: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the data module that make inputs such as the weights stored with `facts` take.
+
+        `given` are those of the config; what is returned replaces them.
+        """
         return {}
 
     def metrics(self, stage: str) -> dict[str, Tensor]:
@@ -146,11 +159,8 @@ class Task(pl.LightningModule):
         self.train_loss.update(total.to(self.device) * share, count.to(self.device) * share)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(
-            self.model,
-            layer_decay=OmegaConf.select(self.cfg, "finetune.layer_decay", default=1.0),
-            **plain(self.cfg.optimizer),
-        )
+        layer_decay = OmegaConf.select(self.cfg, "finetune.layer_decay", default=1.0)
+        optimizer = build_optimizer(self.model, **({"layer_decay": layer_decay} | plain(self.cfg.optimizer)))
         factor = build_schedule(
             lr=self.cfg.optimizer.lr,
             total_steps=self.total_steps,

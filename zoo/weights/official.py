@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -24,6 +26,10 @@ class OfficialLayout:
     unofficial: ClassVar[tuple[str, ...]] = ()
     """Globs of our names that no official file holds, e.g. a graph buffer that `bind` fills."""
 
+    own_modules: ClassVar[tuple[str, ...]] = ()
+    """Children of the model that the official program does not have, e.g. another pool. They start anew from
+    official files, and keep our names where the model is written in the official layout."""
+
     @staticmethod
     def canonical(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The file under the official names and shapes of today, where other published ones exist."""
@@ -36,6 +42,11 @@ class OfficialLayout:
         The keyword parameters an implementation names are the official options; any other is refused.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """State dict and official options of a folder; None where the official program writes no folders."""
+        return None
 
     @staticmethod
     def to_zoo(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -58,3 +69,32 @@ class OfficialLayout:
             expected: the official tensors of the model at init, which stand in for what the file cannot give.
         """
         return state_dict
+
+    # ---- with the parts that the official program does not have ----
+
+    @classmethod
+    def exported(cls, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """`to_official`, with the `own_modules` under our names."""
+        rest, own = cls._parted(tensors)
+        return cls.to_official(rest, cls._known(model)) | own
+
+    @classmethod
+    def imported(cls, state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """`to_zoo`, with the `own_modules` as far as the file has them."""
+        rest, own = cls._parted(state_dict)
+        return cls.to_zoo(rest, cls._known(model)) | own
+
+    @classmethod
+    def _parted(cls, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        own = {name: value for name, value in tensors.items() if name.partition(".")[0] in cls.own_modules}
+        return {name: value for name, value in tensors.items() if name not in own}, own
+
+    @classmethod
+    def _known(cls, model: nn.Module) -> nn.Module:
+        """The model without its `own_modules`; the weights are shared."""
+        known = copy.copy(model)
+        known.__dict__["_modules"] = {
+            name: nn.Identity() if name in cls.own_modules else module
+            for name, module in model._modules.items()
+        }
+        return known

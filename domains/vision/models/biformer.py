@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
+from domains.vision.attention import Choice, map_attention, on_map
 from domains.vision.backbone import Backbone
 from domains.vision.weights.biformer import BiFormerOfficial, BiFormerSTLOfficial
 from zoo.attention import attend
@@ -68,10 +69,13 @@ class BiLevelRoutingAttention(nn.Module):
         height, width = x.shape[1:3]
         size, shape = self.grid(height, width)
         x = x if self.regions == "floor" else padded(x, shape)
-        qk_weight, v_weight = self.qkv.weight.tensor_split([2 * self.qk_dim])
-        qk_bias, v_bias = self.qkv.bias.tensor_split([2 * self.qk_dim])
-        v = F.linear(x, v_weight, v_bias)
-        qk = F.linear(x, qk_weight, qk_bias)
+        if type(self.qkv) is nn.Linear:
+            qk_weight, v_weight = self.qkv.weight.tensor_split([2 * self.qk_dim])
+            qk_bias, v_bias = self.qkv.bias.tensor_split([2 * self.qk_dim])
+            v = F.linear(x, v_weight, v_bias)
+            qk = F.linear(x, qk_weight, qk_bias)
+        else:  # with low-rank updates
+            qk, v = self.qkv(x).tensor_split([2 * self.qk_dim], -1)
         index = self.route(qk, size)[1]
         q, k = padded(qk, shape).chunk(2, -1)
         q, k, values = (self._heads(t) for t in (q, k, padded(v, shape)))
@@ -204,7 +208,7 @@ class Block(nn.Module):
         if self.pos is not None:
             x = x + self.pos(x) if self.pos_residual else self.pos(x)
         x = x.permute(0, 2, 3, 1)
-        x = x + self.drop_path(scaled(self.attn(self.norm1(x)), self.gamma1))
+        x = x + self.drop_path(scaled(on_map(self.attn, self.norm1(x)), self.gamma1))
         x = x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
         return x.permute(0, 3, 1, 2)
 
@@ -273,6 +277,8 @@ class BiFormer(Backbone):
             patches only.
         regions: `padded` or `floor`, how a map is cut into regions.
         out_norms: a layer norm on each map that is given out, for dense prediction.
+        attention: a layer of the zoo in the place of routed attention: a name, or a mapping with its name and
+            arguments (`zoo list attention`).
     """
 
     first_conv = "stem.1.conv"
@@ -295,6 +301,7 @@ class BiFormer(Backbone):
         channel_norm: bool = False,
         regions: Literal["padded", "floor"] = "padded",
         out_norms: bool = False,
+        attention: Choice | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -309,12 +316,13 @@ class BiFormer(Backbone):
             raise ConfigError(f"regions is 'padded' or 'floor', not {regions!r}.")
         if channel_norm and not patches:
             raise ConfigError("channel_norm goes with patches=True.")
-        self.patches, self.regions = patches, regions
+        self.patches, self.regions, self.attention = patches, regions, attention
+        sides = self.pretrained_cfg["input_size"][1:]
 
         def norm(dim: int) -> nn.Module:
             return ChannelNorm(dim, eps=1e-6) if channel_norm else nn.BatchNorm2d(dim)
 
-        def attention(i: int) -> nn.Module:
+        def attn(i: int) -> nn.Module:
             dim, topk = embed_dims[i], topks[i]
             if topk == 0:
                 return ConvolutionInstead(dim)
@@ -322,6 +330,9 @@ class BiFormer(Backbone):
                 values = regions == "floor" and topk == -1
                 lepe_of = "v" if values else "x" if topk == -2 else ""
                 return FullAttention(dim, side_dwconv=side_dwconv, lepe_of=lepe_of)
+            if attention is not None:
+                shape = [max(1, side // (4 * 2**i)) for side in sides]
+                return map_attention(attention, dim, dim // head_dim, shape)
             return BiLevelRoutingAttention(
                 dim,
                 dim // head_dim,
@@ -354,7 +365,7 @@ class BiFormer(Backbone):
             blocks = [
                 Block(
                     embed_dims[i],
-                    attention(i),
+                    attn(i),
                     mlp_ratios[i],
                     pos_dwconv=pos_dwconv,
                     layer_scale=layer_scale,
@@ -467,3 +478,20 @@ def biformer_stl_nchw(
     **kwargs: Any,
 ) -> nn.Module:
     return biformer_stl(topks=topks, regions=regions, **kwargs)
+
+
+@register_model(
+    official=BiFormerOfficial,
+    summary="Routed regions in two stages, 0.2 M, for images of 32 pixels: the zoo's own size, not published",
+    **(_PUBLISHED | {"status": "re-implementation", "preprocessing": {"resize": "32, bicubic"}}),
+)
+def biformer_digits(
+    *,
+    depths: Sequence[int] = (2, 2),
+    embed_dims: Sequence[int] = (32, 64),
+    topks: Sequence[int] = (2, -2),
+    mlp_ratios: Sequence[float] = (3, 3),
+    **kwargs: Any,
+) -> nn.Module:
+    sizes: dict[str, Any] = {"head_dim": 16, "n_win": 4, "img_size": 32} | kwargs
+    return BiFormer(depths, embed_dims, topks, mlp_ratios=mlp_ratios, **sizes)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from domains.vision.weights.layout import VisionLayout, counters
+from domains.vision.weights.layout import VisionLayout, check_published_attention, counters
 from zoo.errors import ConfigError
 
 _ROUTED = {"qkv": "qkv.qkv", "lepe": "lepe", "proj": "wo"}
@@ -54,6 +54,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _names(model: nn.Module) -> dict[str, str]:
     """Our tensor names -> official ones."""
+    check_published_attention(model)
     official = dict(_modules(model))
     names = {}
     for name in model.state_dict():

@@ -8,6 +8,7 @@ import torch
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
+from zoo.errors import CheckpointError
 from zoo.weights.checkpoint import matches
 from zoo.weights.official import OfficialLayout
 
@@ -16,6 +17,7 @@ class VisionLayout(OfficialLayout):
     """An official layout whose weights also start models with other channels, other classes or no head."""
 
     ignored = ("*.num_batches_tracked",)
+    own_modules = ("pool", "head_norm")
 
     first_conv: ClassVar[str]
     """Official name of the weight of the convolution that sees the image."""
@@ -59,3 +61,13 @@ def counters(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         for name in state_dict
         if name.endswith("running_mean")
     }
+
+
+def check_published_attention(model: nn.Module) -> None:
+    """Raises `CheckpointError` where `attention=...` put another attention into a model than is published."""
+    chosen = getattr(model, "attention", None)
+    if chosen is not None:
+        raise CheckpointError(
+            f"No official program of {type(model).__name__} has attention={chosen!r}: its weights are read "
+            "and written in our own layout (zoo.save_model, zoo.load_model) only."
+        )

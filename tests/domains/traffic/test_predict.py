@@ -71,7 +71,8 @@ def forecast(trained: Trained, tmp_path: Path) -> Callable[..., pd.DataFrame]:
 
 
 def config(folder: Path, suffix: str = ".csv", **settings: Any) -> DictConfig:
-    cfg = compose("predict", [f"input={folder / 'input.csv'}", f"output={folder / 'out'}{suffix}"])
+    files = [f"input={folder / 'input.csv'}", f"output={folder / 'out'}{suffix}"]
+    cfg = compose("predict", ["predict=traffic", *files])
     return OmegaConf.merge(cfg, settings)  # pyright: ignore[reportReturnType]
 
 

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_backbones import SIDE, SMALL, build, images
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -17,88 +18,35 @@ import zoo
 from zoo.errors import CheckpointError, ConfigError, DataError, UnknownName
 from zoo.registry import load_weights, model_class
 
-SMALL: dict[str, dict] = {
-    "biformer_tiny": {
-        "depths": [1, 1, 2, 1],
-        "embed_dims": [16, 16, 32, 64],
-        "head_dim": 8,
-        "n_win": 2,
-        "topks": [1, 2, 3, -2],
-    },
-    "biformer_small": {
-        "depths": [1, 1, 1, 2],
-        "embed_dims": [8, 16, 16, 32],
-        "head_dim": 8,
-        "n_win": [4, 3, 2, 1],
-        "topks": [3, 2, 0, -1],
-        "layer_scale": 0.1,
-    },
-    "biformer_base": {
-        "depths": [1, 1, 1, 1],
-        "embed_dims": [8, 16, 16, 24],
-        "head_dim": 4,
-        "qk_dims": [8, 8, 16, 24],
-        "n_win": 3,
-        "topks": [1, 4, 9, 1],
-        "side_dwconv": 3,
-        "pos_dwconv": 0,
-    },
-    "biformer_stl": {
-        "depths": [1, 1, 1, 1],
-        "embed_dims": [8, 16, 16, 32],
-        "head_dim": 8,
-        "n_win": 2,
-        "topks": [1, 2, 4, -2],
-        "channel_norm": True,
-    },
-    "biformer_stl_nchw": {
-        "depths": [1, 1, 1, 1],
-        "embed_dims": [8, 16, 16, 32],
-        "head_dim": 8,
-        "n_win": 2,
-        "topks": [1, 2, 4, -1],
-    },
-    "efficientvit_m0": {"dims": [24, 32, 48], "depths": [1, 1, 2], "num_heads": [2, 2, 3], "key_dim": 8},
-    "efficientvit_m1": {
-        "dims": [8, 12, 16],
-        "depths": [1, 1, 1],
-        "num_heads": [1, 3, 2],
-        "key_dim": [4, 8, 4],
-    },
-    "efficientvit_m2": {"dims": [24, 16, 16], "num_heads": [4, 2, 1], "window_size": [3, 4, 5]},
-    "efficientvit_m3": {"dims": [24, 24, 32], "depths": [1, 1, 1], "shrink_windows": False},
-    "efficientvit_m4": {"dims": [24, 24, 32], "depths": [1, 1, 1], "window_size": [7, 5, 2]},
-    "efficientvit_m5": {"dims": [24, 24, 32], "depths": [1, 1, 1], "key_dim": 4},
-    "lwganet_l0": {"dim": 16, "depths": [1, 1, 1, 1], "head_width": 24},
-    "lwganet_l1": {"dim": 8, "depths": [1, 2, 1, 1], "kernel_sizes": [7, 5, 3, 3], "mlp_ratio": 3.0},
-    "lwganet_l2": {"dim": 24, "depths": [1, 1, 1, 2], "head_width": 40},
-}
-COMPILED = ["biformer_tiny", "biformer_stl_nchw", "efficientvit_m1", "lwganet_l0"]
+COMPILED = [
+    "agent_deit_tiny",
+    "agent_pvt_tiny",
+    "biformer_tiny",
+    "biformer_stl_nchw",
+    "davit_tiny",
+    "dhvt_tiny_cifar_patch4",
+    "efficientvit_m1",
+    "inline_pvt_tiny",
+    "halonet26t",
+    "litv2_s",
+    "lwganet_l0",
+    "mala_tiny",
+    "spectformer_xs",
+    "sret_t",
+]
 """One of each kind of block: compiling takes long."""
 pytestmark = pytest.mark.filterwarnings("ignore:The official weights:UserWarning")
 ALL = pytest.mark.parametrize("name", SMALL)
-SIDE = 96
-"""Pixels: what every model takes."""
 
 
-def build(name: str, **overrides) -> nn.Module:
-    options = {"num_classes": 5, "drop_path_rate": 0.0}
-    if "features_only" in overrides:
-        del options["num_classes"]
-    return settled(zoo.create_model(f"vision/{name}", **(SMALL[name] | options | overrides)))
+def width(features: Tensor) -> int:
+    """Channels of a map, or of tokens with a class token."""
+    return features.shape[1 if features.ndim == 4 else 2]
 
 
-def settled(model: nn.Module) -> nn.Module:
-    """With running statistics, weights and biases that are not those of a fresh model, in eval mode."""
-    for name, tensor in model.state_dict().items():
-        if tensor.ndim == 1 and tensor.is_floating_point():
-            kind = 1.0 if name.endswith(("weight", "running_var")) else 0.0
-            tensor.copy_(kind + 0.1 * torch.rand_like(tensor))
-    return model.eval()
-
-
-def images(batch: int = 2, channels: int = 3, height: int = SIDE, width: int = SIDE) -> Tensor:
-    return torch.randn(batch, channels, height, width)
+def pooled(features: Tensor) -> Tensor:
+    """The mean of a map, or the class token."""
+    return features.mean((2, 3)) if features.ndim == 4 else features[:, 0]
 
 
 def test_all_models_of_the_domain_are_tested_here() -> None:
@@ -112,7 +60,7 @@ def test_all_models_of_the_domain_are_tested_here() -> None:
 def test_forward_is_the_head_of_the_features(name: str) -> None:
     model, x = build(name), images()
     features = model.forward_features(x)
-    assert features.shape[:2] == (2, model.num_features)
+    assert width(features) == model.num_features
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
     assert model(x).shape == (2, 5)
     torch.testing.assert_close(model(x), model.forward_head(features))
@@ -123,7 +71,7 @@ def test_without_classes_the_pooled_features_come_out(name: str) -> None:
     x = images()
     model = build(name, num_classes=0)
     features = model.forward_features(x)
-    torch.testing.assert_close(model(x), features.mean((2, 3)))
+    torch.testing.assert_close(model(x), pooled(features))
     assert isinstance(model.get_classifier(), nn.Identity)
     torch.testing.assert_close(build_like(model, global_pool="")(x), features)
 
@@ -142,8 +90,7 @@ def test_the_head_can_be_changed_after_construction(name: str) -> None:
     assert model(x).shape == (2, 11)
     assert model.num_classes == 11
     model.reset_classifier(0, "")
-    assert model(x).shape[:2] == (2, model.num_features)
-    assert model(x).ndim == 4
+    assert width(model(x)) == model.num_features
     model.reset_classifier(3, "max")
     assert model(x).shape == (2, 3)
     with pytest.raises(ConfigError, match="a head needs at least one class and a pool"):
@@ -178,7 +125,8 @@ def test_intermediate_maps_are_those_of_the_stages(name: str) -> None:
     model, x = build(name), images()
     final, maps = model.forward_intermediates(x, norm=True)
     torch.testing.assert_close(final, model.forward_features(x))
-    torch.testing.assert_close(maps[-1], final)
+    last = final if final.ndim == 4 else final[:, 1:].mT.reshape(maps[-1].shape)
+    torch.testing.assert_close(maps[-1], last)
     for feature, info in zip(maps, model.feature_info, strict=True):
         side = SIDE / info["reduction"]
         assert feature.shape[:2] == (2, info["num_chs"])
@@ -272,7 +220,7 @@ def test_timm_builds_it(name: str) -> None:
     model = timm.create_model(f"zoo_{name}", num_classes=4, in_chans=2, drop_rate=0.1, **SMALL[name])
     assert isinstance(model, model_class(name))
     assert model(images(channels=2)).shape == (2, 4)
-    assert model.pretrained_cfg["num_classes"] == 1000
+    assert model.pretrained_cfg["num_classes"] == type(model).published_cfg()["num_classes"]
     features = timm.create_model(f"zoo_{name}", features_only=True, out_indices=(-1,), **SMALL[name]).eval()
     (found,) = features(images())
     assert found.shape[1] == features.feature_info.channels()[0] == model.num_features
@@ -405,8 +353,9 @@ def test_wrong_images_are_told(name: str) -> None:
         model(images(channels=4))
     with pytest.raises(DataError, match="floating point, scaled to"):
         model(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8))
-    with pytest.raises(DataError, match="8 x 96 are too small: each side needs at least"):
-        model(images(1, 3, 8, SIDE))
+    small = model.min_size - 1
+    with pytest.raises(DataError, match=f"{small} x 96 are too small: each side needs at least {small + 1}"):
+        model(images(1, 3, small, SIDE))
     with pytest.warns(UserWarning, match="not to be scaled"):
         model.__class__.forward(
             zoo.create_model(f"vision/{name}", **SMALL[name]).eval(), 255 * images().abs()

@@ -20,6 +20,7 @@ from zoo.attention import (
     EqualGroups,
     Groups,
     Neighbours,
+    OrderedGroups,
     Padding,
     Pattern,
     TopKSoftmax,
@@ -35,6 +36,7 @@ BATCH, HEADS, KV_HEADS, TOKENS, WIDTH, VALUE_WIDTH = 2, 4, 2, 12, 6, 5
 REAL = [[True] * 5 + [False] * 4 + [True] * 3, [False] * TOKENS]
 IDS = [3, 0, 3, 7, 0, 3, 3, 7, 0, 5, 3, 3]
 IDS_BY_ENTRY = [IDS, [1, 1, 1, 2, 2, 1, 1, 2, 2, 2, 1, 2]]
+ORDER = [7, 3, 11, 0, 5, 2, 9, 1, 10, 4, 6, 8]
 NEIGHBOURS = [
     [1, -1, -1],
     [0, 2, 4],
@@ -71,6 +73,9 @@ CASES = {
     "groups_padding": Case(
         Groups(torch.tensor(IDS)) & Padding(torch.tensor(REAL)),
         lambda b, i, j: IDS[i] == IDS[j] and REAL[b][j],
+    ),
+    "ordered_groups": Case(
+        OrderedGroups(torch.tensor(ORDER), 5), lambda b, i, j: ORDER.index(i) // 5 == ORDER.index(j) // 5
     ),
     "neighbours": Case(Neighbours(torch.tensor(NEIGHBOURS)), lambda b, i, j: j in NEIGHBOURS[i]),
     "neighbours_by_entry": Case(
@@ -529,6 +534,8 @@ Q = torch.zeros(2, 4, 6, 8)
         bad("must lie in -1 .. 5", lambda: Neighbours(torch.full((6, 1), 6))),
         bad("token 1 lists neighbour 2 twice", lambda: Neighbours(torch.tensor([[0, 1], [2, 2], [-1, -1]]))),
         bad("room for at least one", lambda: Neighbours(torch.zeros(6, 0).long())),
+        bad("a permutation", lambda: OrderedGroups(torch.zeros(2, 3).long(), 2)),
+        bad("at least one member", lambda: OrderedGroups(torch.arange(6), 0)),
         bad("no tokens to group", lambda: Groups(torch.zeros(0).long())),
         bad("shape (2, E)", lambda: Neighbours.from_edges(torch.zeros(3, 2).long(), 3)),
         bad("nodes 0 .. 2", lambda: Neighbours.from_edges(torch.tensor([[0], [3]]), 3)),

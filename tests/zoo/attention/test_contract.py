@@ -14,10 +14,12 @@ from zoo.attention.layers import LAYERS, AttentionLayer, auxiliary_loss, create_
 B, N, DIM, HEADS = 3, 12, 32, 4
 SMALL: dict[str, dict[str, Any]] = {
     "affine_scaled": {},
+    "agent": {"agents": 4},
     "based": {"feature_dim": 4},
     "bilevel": {"regions": 3, "topk": 2},
     "cascaded": {"key_dim": 8},
     "cca": {"num_kv_heads": 2, "head_dim": 8},
+    "channel_groups": {},
     "deltanet": {},
     "dgqa": {"num_kv_heads": 2},
     "dsa": {},
@@ -26,17 +28,24 @@ SMALL: dict[str, dict[str, Any]] = {
     "gated_deltanet": {},
     "gla": {},
     "gsa": {},
+    "halo": {"block": 4, "halo": 2},
     "hcam": {"chunk_size": 4, "k": 2},
+    "head_tokens": {},
+    "hilo": {},
+    "injective": {},
     "kda": {},
     "kdgqa": {"num_kv_heads": 2},
     "landmark": {},
     "lightning": {},
     "linear": {},
     "local": {"window": 5},
+    "magnitude": {},
     "mla": {"kv_rank": 8},
     "mlstm": {},
     "moba": {},
     "moh": {"shared_heads": 1, "routed_heads": 2},
+    "moh_aggregated": {"shared_heads": 1, "routed_heads": 2, "sr_ratio": 4},
+    "moh_cosine": {"shared_heads": 2, "routed_heads": 1},
     "moh_llama": {},
     "multihead": {},
     "neighbourhood": {"kernel": 3},
@@ -264,7 +273,7 @@ def test_gradients_reach_the_input_as_finite_differences_say(name: str) -> None:
     torch.testing.assert_close((gradient * direction).sum(), (up - down) / (2 * step), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dsa", "moh", "routing"])
+@pytest.mark.parametrize("name", ["dsa", "moh", "moh_aggregated", "moh_cosine", "routing"])
 def test_an_auxiliary_loss_is_collected_once_and_only_in_training(name: str) -> None:
     layer, x = build(name).train(), tokens()
     layer(x)
@@ -282,8 +291,9 @@ def test_capture_finds_the_maps(name: str) -> None:
     expected = layer(x)
     with capture(layer) as maps:
         close(layer(x), expected)
+    keys = N + (HEADS if name == "head_tokens" else 0)
     for recorded in maps.values():
-        assert recorded.weights.shape[-1] <= N
+        assert recorded.weights.shape[-1] <= keys
         assert (recorded.weights >= 0).all()
 
 

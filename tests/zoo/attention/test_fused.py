@@ -93,3 +93,12 @@ def test_gradcheck(pattern) -> None:
         return attend(*x, pattern=pattern, return_lse=True)
 
     assert torch.autograd.gradcheck(program, qkv(9, torch.float64), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(N,), (N, 1), (N, N), (H, 1, N), (B, 1, 1, N), (1, H, N, N)], ids=str)
+def test_a_bias_of_any_broadcastable_shape(shape: tuple[int, ...]) -> None:
+    q, k, v = torch.randn(3, B, H, N, D)
+    bias = torch.randn(shape)
+    found = attend(q, k, v, bias=bias, return_lse=True)
+    with backend("reference"):
+        torch.testing.assert_close(found, attend(q, k, v, bias=bias, return_lse=True))

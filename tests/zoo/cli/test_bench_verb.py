@@ -81,7 +81,7 @@ def test_help_shows_examples() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "Choose a domain: zoo bench domain=traffic"),
+        ([], "Choose a domain: zoo bench domain="),
         (["domain=traffic", "repeat=3"], "Unknown key 'repeat'. Did you mean 'repeats'"),
         (["suite=primitive"], "no suite 'primitive'. Did you mean 'primitives'"),
         (["suite=primitives", "device=tpu"], "device=tpu"),

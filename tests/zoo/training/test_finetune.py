@@ -17,7 +17,8 @@ from zoo.training.optim import build_optimizer, parameter_groups
 
 def settings(method: str, **changes: Any) -> Any:
     lora = {"r": 2, "alpha": 4, "dropout": 0.0, "target": ["stem"]}
-    return OmegaConf.create({"method": method, "freeze": [], "lora": lora} | changes)
+    probe = {"kind": "linear"}
+    return OmegaConf.create({"method": method, "freeze": [], "lora": lora, "probe": probe} | changes)
 
 
 def trained(model: torch.nn.Module) -> set[str]:

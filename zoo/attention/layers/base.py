@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,16 @@ class Supports:
     """A row alone gives what it gives in a batch."""
     maps: bool = True
     """`capture` records what its queries attend to; a recurrence has no weights to record."""
+
+
+class Inputs(NamedTuple):
+    """What a layer is called with; see `AttentionLayer.forward`."""
+
+    x: Tensor
+    context: Tensor | None
+    mask: Tensor | None
+    positions: Tensor | None
+    cache: Cache | None
 
 
 class AttentionLayer(nn.Module):
@@ -89,18 +99,12 @@ class AttentionLayer(nn.Module):
         Raises:
             AttentionError: something that this mechanism does not support, or shapes that do not fit.
         """
-        self._check(x, context, mask, positions, cache)
-        return self.mix(x, context, mask, positions, cache)
+        given = Inputs(x, context, mask, positions, cache)
+        self._check(given)
+        return self.mix(given)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
-        """What `forward` does with arguments that have been checked."""
+    def mix(self, given: Inputs) -> Tensor:
+        """What `forward` does, with what has been checked."""
         raise NotImplementedError
 
     def init_cache(self, batch_size: int) -> Cache:
@@ -112,14 +116,8 @@ class AttentionLayer(nn.Module):
         """The next token(s) `(B, n, dim)` after those of the cache; equal to the full forward pass."""
         return self(x, cache=cache)
 
-    def _check(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> None:
+    def _check(self, given: Inputs) -> None:
+        x, context, mask, positions, cache = given
         name, can = type(self).__name__, self.supports
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise AttentionError(f"{name} takes (B, N, {self.dim}), not {tuple(x.shape)}")

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attention.attend import attend
-from zoo.attention.cache import Cache
 from zoo.attention.errors import AttentionError
-from zoo.attention.layers.base import AttentionLayer, Supports, masked
+from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, masked
 from zoo.attention.patterns import Causal, Dense, Pattern
 
 
@@ -60,14 +59,8 @@ class CascadedGroups(AttentionLayer, name="cascaded"):
         self.qkv = nn.ModuleList(nn.Linear(share, 2 * key_dim + share, bias=bias) for _ in range(num_heads))
         self.o_proj = nn.Linear(dim, dim, bias=bias)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask = given.x, given.mask
         seen = masked(Causal() if self.causal else Dense(), mask)
         heads = [self._head(project, seen) for project in self.qkv]
         return self.o_proj(torch.cat(cascade(heads, x.chunk(self.num_heads, -1)), -1).relu())

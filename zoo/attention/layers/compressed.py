@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.attend import attend
-from zoo.attention.cache import Cache, default_positions
+from zoo.attention.cache import default_positions
 from zoo.attention.errors import AttentionError
 from zoo.attention.heads import expand, shared_map
-from zoo.attention.layers.base import AttentionLayer, Supports, masked
+from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, masked
 from zoo.attention.layers.multihead import HeadCache
 from zoo.attention.patterns import Causal, Window
 from zoo.attention.rotary import rotary, rotary_tables
@@ -160,14 +160,8 @@ class CompressedConvolutional(AttentionLayer, name="cca"):
         self.qk_norm = ScaledUnitNorm(kv_heads)
         self.o_proj = nn.Linear(num_heads * width, dim, bias=bias)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, positions, cache = given.x, given.mask, given.positions, given.cache
         places = default_positions(x, cache) if positions is None else positions
         cos, sin = rotary_tables(
             places if places.ndim == 1 else places[:, None], self.rotary_dim, theta=self.rope_theta

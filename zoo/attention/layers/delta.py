@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo.attention.cache import Cache
 from zoo.attention.errors import AttentionError
-from zoo.attention.layers.base import head_width
+from zoo.attention.layers.base import Inputs, head_width
 from zoo.attention.layers.linear import RecurrentLayer, StateCache, join, places, split, wide
 from zoo.attention.scan import scan
 
@@ -88,14 +88,8 @@ class DeltaRule(RecurrentLayer):
         self.o_norm = nn.RMSNorm(self.head_value_dim, eps=1e-5)
         self.o_proj = nn.Linear(values, dim, bias=False)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, cache = given.x, given.mask, given.cache
         q, k, v = (self._projected(name, x, mask, cache) for name in "qkv")
         q, k = (F.normalize(wide(split(y, self.num_heads)), dim=-1) for y in (q, k))
         beta = torch.sigmoid(wide(self.b_proj(x))).mT * (2 if self.negative else 1)

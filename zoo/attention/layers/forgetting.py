@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.attend import attend
-from zoo.attention.cache import Cache
 from zoo.attention.errors import AttentionError
-from zoo.attention.layers.base import Supports
+from zoo.attention.layers.base import Inputs, Supports
 from zoo.attention.layers.multihead import MultiHead, split_heads
 from zoo.attention.patterns import Causal, Pattern, Rule
 
@@ -92,14 +91,8 @@ class ForgettingAttention(MultiHead, name="forgetting"):
         super().__init__(dim, num_heads, causal=True, **options)
         self.f_proj = nn.Linear(dim, num_heads)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, positions, cache = given.x, given.mask, given.positions, given.cache
         gates = self.f_proj(x).transpose(1, 2)
         log_forget = F.logsigmoid(gates.to(torch.promote_types(gates.dtype, torch.float32)))
         if mask is not None and mask.dtype == torch.bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention.cache import Cache
 from zoo.attention.errors import AttentionError
-from zoo.attention.layers.base import AttentionLayer, Supports, head_width
+from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, head_width
 from zoo.attention.layers.multihead import split_heads
 from zoo.attention.select import attend_blocks, block_means, select
 
@@ -42,6 +43,8 @@ class HierarchicalMemory(AttentionLayer, name="hcam"):
 
     supports = Supports(bidirectional=True, cross=True, padding=True)
     paper = "https://arxiv.org/abs/2105.14039"
+    token_order: ClassVar[str] = "none"
+    """The queries of its maps are pairs of a token and a chunk."""
 
     def __init__(
         self, dim: int, num_heads: int, *, chunk_size: int = 16, k: int = 4, position_encoding: bool = True
@@ -58,14 +61,8 @@ class HierarchicalMemory(AttentionLayer, name="hcam"):
         self.key = nn.Linear(dim, dim, bias=False)
         self.within_mem_attn = _Within(dim)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, context, mask = given.x, given.context, given.mask
         memory = x if context is None else context.detach()
         size, room = self.chunk_size, -memory.shape[1] % self.chunk_size
         mask = memory.new_ones(memory.shape[:2], dtype=torch.bool) if mask is None else mask

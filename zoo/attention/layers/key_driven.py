@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attention.attend import attend
-from zoo.attention.cache import Cache
 from zoo.attention.errors import AttentionError
 from zoo.attention.heads import allocate, expand, key_norms, map_of, min_max, shared_map
-from zoo.attention.layers.base import AttentionLayer, Supports, head_width, masked
+from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, head_width, masked
 from zoo.attention.patterns import Dense
 
 
@@ -33,14 +32,8 @@ class _Grouped(AttentionLayer):
         self.v = nn.Linear(dim, kv_width, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, context, mask = given.x, given.context, given.mask
         source = x if context is None else context
         q, k, v = self.split(self.q(x)), self.split(self.k(source)), self.split(self.v(source))
         out = self.attention(q, k, v, mask)

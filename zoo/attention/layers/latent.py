@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attention.attend import attend
-from zoo.attention.cache import Cache, default_positions
+from zoo.attention.cache import default_positions
 from zoo.attention.errors import AttentionError
-from zoo.attention.layers.base import AttentionLayer, Supports, masked
+from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, masked
 from zoo.attention.layers.multihead import HeadCache, HeadNorm, split_heads
 from zoo.attention.patterns import Causal, Dense, Pattern
 from zoo.attention.rotary import rotary, rotary_tables
@@ -84,14 +84,8 @@ class MultiHeadLatent(AttentionLayer, name="mla"):
         self.kv_b_proj = nn.Linear(kv_rank, num_heads * (nope_dim + value_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * value_dim, dim, bias=bias)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, positions, cache = given.x, given.mask, given.positions, given.cache
         cos, sin = self.tables(default_positions(x, cache) if positions is None else positions)
         q = self.queries(x, cos, sin)
         latent = self.latents(x, cos, sin)

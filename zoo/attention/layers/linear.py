@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zoo.attention.cache import Cache, default_positions
 from zoo.attention.errors import AttentionError
-from zoo.attention.layers.base import AttentionLayer, Supports, head_width
+from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, head_width
 from zoo.attention.linear import (
     elu_features,
     gated_slots,
@@ -148,14 +148,8 @@ class LinearAttention(_Projected, name="linear"):
         super().__init__(dim, num_heads, dim, dim, bias)
         self.causal, self.eps = causal, eps
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, context, mask, cache = given.x, given.context, given.mask, given.cache
         if self.causal and context is not None:
             raise AttentionError("causal linear attention sees its own tokens: context needs causal=False")
         q, k, v = self._heads(x, context)
@@ -224,14 +218,8 @@ class LightningAttention(RecurrentLayer, name="lightning"):
         depth = 1 - layer / (num_layers - 1 + 1e-5) + 1e-5
         self.register_buffer("slopes", (2.0 ** (-8 * heads / num_heads) * depth).float(), persistent=False)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, cache = given.x, given.mask, given.cache
         q, k, v = split(F.silu(self.qkv_proj(x)), self.num_heads).chunk(3, dim=-1)
         out = self._run(partial(scan, scale=1.0), q, k, v, mask, cache, -self.slopes[None, :, None])
         return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(join(out)))
@@ -258,14 +246,8 @@ class Retention(_Projected, name="retention"):
         self.g_norm = nn.RMSNorm(self.head_value_dim, eps=1e-5, elementwise_affine=False)
         self.register_buffer("decay", retention_decay(num_heads), persistent=False)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, positions, cache = given.x, given.mask, given.positions, given.cache
         q, k, v = self._heads(x)
         at = default_positions(x, cache) if positions is None else positions
         cos, sin = (
@@ -311,14 +293,8 @@ class GatedLinearAttention(_Projected, name="gla"):
         width = self.num_heads * self.head_dim
         return nn.Sequential(nn.Linear(self.dim, rank, bias=False), nn.Linear(rank, width))
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, cache = given.x, given.mask, given.cache
         decay = split(F.logsigmoid(wide(self.gk_proj(x))) / self.temperature, self.num_heads)
         out = self._run(scan, *self._heads(x), mask, cache, decay)
         return self.o_proj(join(self.g_norm(out)) * F.silu(self.g_proj(x)))
@@ -357,14 +333,8 @@ class MLSTMAttention(_Projected, name="mlstm"):
         self.g_proj = nn.Linear(dim, dim, bias=bias)
         self.norm = nn.RMSNorm(self.head_value_dim, eps=1e-6)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, cache = given.x, given.mask, given.cache
         cap = self.gate_cap
         write, forget = (cap * torch.tanh(wide(f(x)).mT / cap) for f in (self.i_proj, self.f_proj))
         keep, _ = places(mask, cache)
@@ -412,14 +382,8 @@ class BasedAttention(RecurrentLayer, name="based"):
         self.proj_v = nn.Linear(dim, width, bias=False)
         self.out_proj = nn.Linear(width, dim, bias=False)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, cache = given.x, given.mask, given.cache
         q, k, v = (split(f(x), self.num_heads) for f in (self.proj_q, self.proj_k, self.proj_v))
         q, k = taylor_features(wide(q)), taylor_features(wide(k))
         run = partial(scan_mean, scale=1.0, eps=self.eps)
@@ -445,14 +409,8 @@ class ReBasedAttention(_Projected, name="rebased"):
         self.eps = eps
         self.q_norm, self.k_norm = nn.LayerNorm(feature_dim), nn.LayerNorm(feature_dim)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, cache = given.x, given.mask, given.cache
         q, k, v = self._heads(x)
         q, k = squared_features(wide(self.q_norm(q))), squared_features(wide(self.k_norm(k)))
         run = partial(scan_mean, scale=1.0, eps=self.eps)
@@ -479,14 +437,8 @@ class GatedSlotAttention(_Projected, name="gsa"):
         self.f_proj = nn.Linear(dim, num_heads * slots, bias=bias)
         self.g_norm = nn.RMSNorm(dim, eps=1e-5)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, cache = given.x, given.mask, given.cache
         q, k, v = (F.silu(y) for y in self._heads(x))
         decay = F.logsigmoid(split(wide(self.f_proj(x)), self.num_heads)) / self.temperature
         slots = hidden(-torch.expm1(decay), places(mask, cache)[0])

@@ -9,48 +9,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.attend import attend
-from zoo.attention.cache import Cache
 from zoo.attention.errors import AttentionError
-from zoo.attention.layers.base import AttentionLayer, Supports, head_width, masked
+from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, head_width, masked
 from zoo.attention.layers.multihead import HeadCache, MultiHead, split_heads
 from zoo.attention.patterns import Causal, Dense
 
 
-class MixtureOfHeads(AttentionLayer, name="moh"):
-    """MoH: `out = W_o concat_h(g_h(x) o_h)`; shared heads always act, of the others the k best of each token.
+class RoutedHeads(AttentionLayer):
+    """Shared heads that always act, routed heads of which the k best of each token do, and their weights.
 
     Args:
         dim: width C of the tokens.
         num_heads: H.
         shared_heads: Hs, the first heads.
         routed_heads: k, how many of the H - Hs others act on a token.
-        qkv_bias: of the projection in; the one out has a bias.
-        causal: tokens see themselves and earlier ones.
         balance_weight: of `balance_loss` in `aux_loss`.
     """
 
     paper = "https://arxiv.org/abs/2410.11842"
-    supports = Supports(bidirectional=True, causal=True, padding=True, packed=True, cache=True)
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        shared_heads: int,
-        routed_heads: int,
-        qkv_bias: bool = True,
-        causal: bool = False,
-        balance_weight: float = 0.01,
+        self, dim: int, num_heads: int, shared_heads: int, routed_heads: int, balance_weight: float
     ) -> None:
         super().__init__()
         head_width(dim, num_heads)
         _check_heads(num_heads, shared_heads, routed_heads)
-        self.dim, self.num_heads, self.causal = dim, num_heads, causal
+        self.dim, self.num_heads = dim, num_heads
         self.shared_heads, self.routed_heads = shared_heads, routed_heads
         self.balance_weight = balance_weight
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
         if routed_heads:
             self.wg = nn.Linear(dim, num_heads - shared_heads, bias=False)
         if routed_heads and shared_heads:
@@ -58,27 +44,12 @@ class MixtureOfHeads(AttentionLayer, name="moh"):
         if shared_heads > 1:
             self.wg_1 = nn.Linear(dim, shared_heads, bias=False)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if isinstance(cache, HeadCache):
-            (k, v), mask = cache.extend((k, v), mask)
+    def gated(self, out: Tensor, x: Tensor) -> Tensor:
+        """What the heads give `(B, H, N, D)`, weighted by the tokens `(B, N, C)`: `(B, N, H D)`."""
         if self.training and self.routed_heads:
             self.aux_loss = self.balance_weight * self.balance_loss(x)
-        out = attend(q, k, v, pattern=masked(Causal() if self.causal else Dense(), mask)).transpose(1, 2)
-        return self.proj((out * self.gates(x)[..., None].to(out.dtype)).flatten(2))
-
-    def init_cache(self, batch_size: int) -> HeadCache:
-        """Holds keys and values."""
-        if not self.causal:
-            raise AttentionError("only causal layers decode step by step")
-        return HeadCache(self)
+        out = out.transpose(1, 2)
+        return (out * self.gates(x)[..., None].to(out.dtype)).flatten(2)
 
     def gates(self, x: Tensor) -> Tensor:
         """The weight of each head for tokens `(..., C)`: `(..., H)`."""
@@ -116,6 +87,52 @@ class MixtureOfHeads(AttentionLayer, name="moh"):
         return weights, top_k_mask(weights.detach(), self.routed_heads)
 
 
+class MixtureOfHeads(RoutedHeads, name="moh"):
+    """MoH: `out = W_o concat_h(g_h(x) o_h)`; shared heads always act, of the others the k best of each token.
+
+    Args:
+        dim: width C of the tokens.
+        num_heads: H.
+        shared_heads: Hs, the first heads.
+        routed_heads: k, how many of the H - Hs others act on a token.
+        qkv_bias: of the projection in; the one out has a bias.
+        causal: tokens see themselves and earlier ones.
+        balance_weight: of `balance_loss` in `aux_loss`.
+    """
+
+    supports = Supports(bidirectional=True, causal=True, padding=True, packed=True, cache=True)
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        shared_heads: int,
+        routed_heads: int,
+        qkv_bias: bool = True,
+        causal: bool = False,
+        balance_weight: float = 0.01,
+    ) -> None:
+        super().__init__(dim, num_heads, shared_heads, routed_heads, balance_weight)
+        self.causal = causal
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, cache = given.x, given.mask, given.cache
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if isinstance(cache, HeadCache):
+            (k, v), mask = cache.extend((k, v), mask)
+        out = attend(q, k, v, pattern=masked(Causal() if self.causal else Dense(), mask))
+        return self.proj(self.gated(out, x))
+
+    def init_cache(self, batch_size: int) -> HeadCache:
+        """Holds keys and values."""
+        if not self.causal:
+            raise AttentionError("only causal layers decode step by step")
+        return HeadCache(self)
+
+
 class MixtureOfHeadsLlama(MultiHead, name="moh_llama"):
     """MoH-LLaMA3: no router; of the heads that are not shared, the k with the longest query act, unweighted.
 
@@ -128,7 +145,7 @@ class MixtureOfHeadsLlama(MultiHead, name="moh_llama"):
         options: of `MultiHead`.
     """
 
-    paper = MixtureOfHeads.paper
+    paper = RoutedHeads.paper
     supports = Supports(causal=True, padding=True, packed=True, cache=True)
 
     def __init__(
@@ -146,14 +163,8 @@ class MixtureOfHeadsLlama(MultiHead, name="moh_llama"):
         self.routed_heads = max(1, num_heads // 4) if routed_heads is None else routed_heads
         _check_heads(num_heads, self.shared_heads, self.routed_heads)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, context, mask, positions, cache = given
         q = split_heads(precise(self.q_proj, x), self.num_heads)
         gates = self.gates(q)
         q, (k, v), mask = self.heads(q.to(x.dtype), x, context, mask, positions, cache)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo.attention.attend import attend
 from zoo.attention.cache import Cache, KVCache, default_positions
 from zoo.attention.errors import AttentionError
-from zoo.attention.layers.base import AttentionLayer, Supports, head_width, masked
+from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, head_width, masked
 from zoo.attention.merge import sink
 from zoo.attention.patterns import Causal, Dense, Pattern, Window
 from zoo.attention.rotary import rotary, rotary_tables
@@ -87,14 +87,8 @@ class MultiHead(AttentionLayer, name="multihead"):
             for _ in range(2)
         )
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, context, mask, positions, cache = given
         q = split_heads(self.q_proj(x), self.num_heads)
         q, (k, v), mask = self.heads(q, x, context, mask, positions, cache)
         return self.project(self.read(q, k, v, mask))
@@ -262,14 +256,8 @@ class GatedAttention(MultiHead, name="gated"):
         rows = num_heads * (self.head_dim + self.gate_width)
         self.q_proj = nn.Linear(dim, rows, bias=self.q_proj.bias is not None)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, context, mask, positions, cache = given
         q, gate = self._queries_and_gates(x)
         q, (k, v), mask = self.heads(q, x, context, mask, positions, cache)
         return self.project(self.read(q, k, v, mask) * gate.sigmoid())
@@ -340,14 +328,8 @@ class AffineScaled(MultiHead, name="affine_scaled"):
         self.alpha_proj = nn.Linear(dim, num_heads, bias=False)
         self.register_buffer("alpha_ma", torch.zeros(num_heads))
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, context, mask, positions, cache = given
         alpha, real = self.alpha(x), mask
         q = split_heads(self.q_proj(x), self.num_heads)
         q, (k, v), mask = self.heads(q, x, context, mask, positions, cache)

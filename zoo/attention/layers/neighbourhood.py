@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo.attention.attend import attend
 from zoo.attention.cache import Cache
 from zoo.attention.errors import AttentionError
-from zoo.attention.layers.base import AttentionLayer, Supports, head_width, masked
+from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, head_width, masked
 from zoo.attention.layers.multihead import WindowCache, split_heads
 from zoo.attention.layers.window import Reach
 from zoo.attention.neighbourhood import Neighbourhood, ShiftedWindows, per_axis
@@ -52,14 +52,8 @@ class GridAttention(AttentionLayer):
         """Which keys the tokens of a grid see."""
         raise NotImplementedError
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, mask, cache = given.x, given.mask, given.cache
         q, k, v = (split_heads(rows, self.num_heads) for rows in self.qkv(x).chunk(3, dim=-1))
         k, v, pattern = self.seen(k, v, cache)
         dropout = self.dropout if self.training else 0.0

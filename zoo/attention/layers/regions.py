@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.attention.attend import attend
-from zoo.attention.cache import Cache
 from zoo.attention.errors import AttentionError
-from zoo.attention.layers.base import Supports
+from zoo.attention.layers.base import Inputs, Supports
 from zoo.attention.layers.multihead import split_heads
 from zoo.attention.layers.neighbourhood import GridAttention
 from zoo.attention.patterns import Padding
@@ -42,14 +41,8 @@ class BiLevelRouting(GridAttention, name="bilevel"):
             raise AttentionError(f"regions and topk are at least 1, not {regions} and {topk}")
         self.regions, self.topk = regions, topk
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x = given.x
         rows, columns = (1, x.shape[1]) if self.shape is None or self.axes == 1 else self.shape
         if rows * columns != x.shape[1] or (self.shape is not None and prod(self.shape) != x.shape[1]):
             raise AttentionError(f"{x.shape[1]} tokens do not fill a grid of {self.shape}")

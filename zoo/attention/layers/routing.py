@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.attend import attend
-from zoo.attention.cache import Cache
 from zoo.attention.errors import AttentionError
-from zoo.attention.layers.base import AttentionLayer, Supports, head_width
+from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, head_width
 from zoo.attention.layers.multihead import split_heads
 from zoo.attention.select import gather_blocks, select
 
@@ -266,14 +265,8 @@ class Routing(AttentionLayer, name="routing"):
             shared_qk=shared_qk,
         )
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, context, mask = given.x, given.context, given.mask
         if context is not None and (self.causal or self.k_proj is None):
             raise AttentionError(
                 "causal or shared queries and keys are of the layer's own tokens: no context"

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.attend import attend
-from zoo.attention.cache import Cache, KVCache, default_positions
+from zoo.attention.cache import KVCache, default_positions
 from zoo.attention.errors import AttentionError
 from zoo.attention.kernels import softmax
-from zoo.attention.layers.base import AttentionLayer, Supports
+from zoo.attention.layers.base import AttentionLayer, Inputs, Supports
 from zoo.attention.layers.multihead import HeadCache, MultiHead, split_heads
 from zoo.attention.patterns import Padding, Pattern, Rule
 from zoo.attention.rotary import rotary, rotary_tables
@@ -311,14 +311,8 @@ class _Blockwise(_Selecting):
             )
         self.block_size, self.num_selected = block_size, num_selected
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, context, mask, positions, cache = given
         q = split_heads(self.q_proj(x), self.num_heads)
         q, (k, v), mask = self.heads(q, x, context, mask, positions, cache)
         means = cache.means() if isinstance(cache, BlockCache) else None
@@ -446,14 +440,8 @@ class LightningIndexed(_Selecting, name="dsa"):
         self.num_selected = num_selected
         self.indexer = Indexer(dim, index_heads, index_dim, self.rope_theta)
 
-    def mix(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
+    def mix(self, given: Inputs) -> Tensor:
+        x, context, mask, positions, cache = given
         places = default_positions(x, cache) if positions is None else positions
         q_index, k_index, weights = self.indexer(x, places)
         q = split_heads(self.q_proj(x), self.num_heads)

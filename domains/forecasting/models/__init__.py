@@ -1,0 +1,3 @@
+"""The models of this domain; importing this registers them."""
+
+from domains.forecasting.models import chronos2 as chronos2

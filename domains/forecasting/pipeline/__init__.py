@@ -1,0 +1,3 @@
+"""From series in any form to forecasts: `Forecaster`."""
+
+from domains.forecasting.pipeline.forecaster import Forecaster as Forecaster
