@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 
 from domains.forecasting.metrics import BASELINE, LEVELS
+from zoo import plots
 from zoo.files import atomic_path
+from zoo.plots import BLUE, GREEN, GREY, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,20 +27,7 @@ if TYPE_CHECKING:
     from domains.forecasting.data import ForecastData
     from domains.forecasting.task import ForecastTask
 
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9A9A9A",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#EAEAEA",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.4,
-}
+STYLE: dict[Any, Any] = plots.STYLE | plots.GRID | {"lines.linewidth": 1.4}
 SHOWN_HORIZONS = 4
 """How many times its horizon the history of a fan chart goes back."""
 PANELS = 9

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from zoo import plots
 from zoo.files import atomic_path
+from zoo.plots import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,25 +26,17 @@ if TYPE_CHECKING:
     from domains.traffic.data import TrafficData
     from domains.traffic.task import TrafficTask
 
-BLUE, VERMILION, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#6B6B6B"
 MODEL_COLOUR, OTHER_COLOURS = VERMILION, (BLUE, GREEN, PURPLE, SKY, GREY)
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9A9A9A",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-}
+STYLE: dict[Any, Any] = (
+    plots.STYLE
+    | plots.GRID
+    | {
+        "axes.titleweight": "bold",
+        "xtick.color": "#444444",
+        "ytick.color": "#444444",
+        "lines.solid_capstyle": "round",
+    }
+)
 QUANTITIES = {
     "simulated": "speed (mph)",
     "metr_la": "speed (mph)",

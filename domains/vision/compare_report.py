@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from zoo import plots
 from zoo.bench.report import MIB, Curve, Point
 from zoo.files import atomic_path, atomic_write
 
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 COLOURS = {
     "nothing": "#9A9A9A",
     "all": "#3B3B3B",
-    "near": "#0072B2",
-    "some": "#D55E00",
-    "sums": "#009E73",
+    "near": plots.BLUE,
+    "some": plots.VERMILION,
+    "sums": plots.GREEN,
 }
-"""By what a token sees; colour-blind readers can tell them apart."""
+"""By what a token sees."""
 MEANING = {
     "nothing": "no attention",
     "all": "all tokens",
@@ -167,19 +168,7 @@ def _growth(entry: Entry) -> str:
 
 # ---- the picture -------------------------------------------------------------------------------------------
 
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9A9A9A",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.6,
-}
+STYLE: dict[Any, Any] = plots.STYLE | plots.GRID | {"axes.titlesize": 10, "axes.titleweight": "bold"}
 
 
 def draw(comparison: Comparison, path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from domains.vision.images import Picture
 from zoo.errors import DataError
 from zoo.files import atomic_path
+from zoo.plots import BLUE, GREEN, STYLE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,16 +26,6 @@ if TYPE_CHECKING:
     from domains.vision.data import VisionData
     from domains.vision.task import VisionTask
 
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9A9A9A",
-    "lines.linewidth": 1.6,
-}
 MOST_CLASSES = 40
 MOST_NUMBERS = 25
 """Up to so many classes, a confusion matrix has its counts written in it."""

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from domains.vision.images import Picture, is_image, read_image
-from domains.vision.plots import GREEN, GREY, VERMILION, contact_sheet
+from domains.vision.plots import contact_sheet
 from domains.vision.preprocess import Preprocessing
 from zoo.cli.console import console
 from zoo.errors import ConfigError, DataError, did_you_mean
 from zoo.files import atomic_path
+from zoo.plots import GREEN, GREY, VERMILION
 
 SHEET = 48
 """Pictures on a contact sheet."""

@@ -168,7 +168,7 @@ def _chunkwise(p: _Recurrence, size: int) -> tuple[Tensor, Tensor]:
     """Inside of all chunks at once, then from chunk to chunk."""
     tokens = p.q.shape[2]
     size = _fitting(min(size, tokens), p)
-    q, k, v = _cut(p.q, size) * p.scale, _cut(p.k, size), _cut(p.v, size)
+    q, k, v = (_cut(x, size) for x in (p.q, p.k, p.v))
     decay, value_decay, rates = (
         None if x is None else _cut(x, size) for x in (p.decay, p.value_decay, p.beta)
     )
@@ -189,7 +189,7 @@ def _chunkwise(p: _Recurrence, size: int) -> tuple[Tensor, Tensor]:
     else:
         corrections = None if rates is None else _inverse(pairs[1] * rates) * rates.mT
         out, state = _carried(p.state, readers, writers, v, carry, pairs[0], corrections)
-    return out.flatten(2, 3)[:, :, :tokens], state
+    return out.mul_(p.scale).flatten(2, 3)[:, :, :tokens], state
 
 
 def _inverse(system: Tensor) -> Tensor:
