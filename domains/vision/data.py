@@ -165,8 +165,8 @@ class VisionData(DataModule):
             "interpolation": interpolation,
             "crop_pct": crop_pct,
             "crop_mode": crop_mode,
-            "mean": mean,
-            "std": std,
+            "mean": _each(mean, channels),
+            "std": _each(std, channels),
             "max_value": max_value,
         }
         self.max_value = max_value
@@ -356,6 +356,11 @@ def stored_options(facts: Mapping[str, Any]) -> dict[str, Any]:
     stored = facts.get("preprocessing") or {}
     options = {name: stored[name] for name in PREPROCESSING_OPTIONS if stored.get(name) is not None}
     return options | ({"channels": stored["channels"]} if stored else {})
+
+
+def _each(value: float | Sequence[float] | None, channels: int) -> Sequence[float] | None:
+    """One number for every channel."""
+    return (float(value),) * channels if isinstance(value, int | float) else value
 
 
 def _pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:

@@ -87,9 +87,6 @@ class Preprocessing:
             "std": _for_channels(known["std"], bands),
         }
         chosen = {name: value for name, value in given.items() if value is not None}
-        for name in ("mean", "std"):
-            if isinstance(chosen.get(name), int | float):
-                chosen[name] = (float(chosen[name]),) * bands
         return cls(channels=bands, **(own | chosen))
 
     def evaluation(self) -> Callable[[Picture], Tensor]:

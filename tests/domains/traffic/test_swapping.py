@@ -31,6 +31,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "local": {"window": 3},
     "mla": {"kv_rank": 8},
     "moh": {"shared_heads": 1, "routed_heads": 2},
+    "moh_aggregated": {"shared_heads": 1, "routed_heads": 2},
+    "moh_cosine": {"shared_heads": 1, "routed_heads": 2},
     "neighbourhood": {"kernel": 3},
     "pgqa": {"num_kv_heads": 2},
     "s2": {"num_groups": 2},

@@ -24,6 +24,7 @@ SMALL = (
     "model.head_dim=4",
     "model.n_win=2",
     "data.size=16",
+    "data.mean=0.5",
     "data.batch_size=7",
     "data.num_workers=0",
     "trainer.max_epochs=2",
