@@ -16,7 +16,7 @@ from zoo.errors import CheckpointError, ConfigError, ZooError
 from zoo.training.checkpoint_io import AtomicCheckpointIO
 from zoo.training.run import train
 
-SLOW = "model.sleep=0.02"
+SLOW = "model.sleep=0.06"
 
 
 def wait_for(path: Path) -> None:
