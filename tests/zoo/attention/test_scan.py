@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -97,6 +98,26 @@ def test_forms_agree_with_all_gradients(kind: str, heads: int, starts: str | Non
     for result in others:
         for actual, expected in zip(result, step, strict=True):
             close(actual, expected)
+
+
+@pytest.mark.parametrize("starts", [None, "documents"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_gradients_parts_follow_one_another(
+    kind: str, starts: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of one chunk of 8 tokens, the last one not full."""
+    monkeypatch.setattr(sys.modules[scan.__module__], "_PART", 1)
+    q, k, v, state = inputs()
+    begins = None
+    if starts is not None:
+        begins = torch.zeros(B, N, dtype=torch.bool)
+        begins[0, [3, 9, 10]] = begins[1, [0, 16]] = True
+    given = {"state": state, "starts": begins, **rates(kind)}
+    with torch.no_grad():
+        found = scan(q, k, v, chunk=8, **given)
+        expected = scan(q, k, v, form="step", **given)
+    for actual, wanted in zip(found, expected, strict=True):
+        close(actual, wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
