@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 """Of Okabe and Ito: colour-blind readers can tell them apart."""
@@ -26,3 +34,22 @@ GRID: dict[Any, Any] = {
     "grid.linewidth": 0.6,
 }
 """Beside `STYLE`, for axes that values are read from."""
+
+
+@contextmanager
+def canvas(
+    path: str | Path, size: tuple[float, float], style: dict[Any, Any], **grid: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """A figure of this size in inches and its `[rows, columns]` of axes, saved to `path` at the end.
+
+    Args:
+        grid: of `Figure.subplots`, such as `nrows`.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, figure.subplots(squeeze=False, **grid)
+        with atomic_path(path) as part:
+            figure.savefig(part, format="png", dpi=150)

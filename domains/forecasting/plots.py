@@ -6,9 +6,9 @@ Colours can be told apart by colour-blind readers (Okabe and Ito).
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,16 @@ import pandas as pd
 
 from domains.forecasting.metrics import BASELINE, LEVELS
 from zoo import plots
-from zoo.files import atomic_path
-from zoo.plots import BLUE, GREEN, GREY, VERMILION
+from zoo.plots import BLUE, GREEN, GREY, VERMILION, canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from domains.forecasting.data import ForecastData
     from domains.forecasting.task import ForecastTask
 
 STYLE: dict[Any, Any] = plots.STYLE | plots.GRID | {"lines.linewidth": 1.4}
+_canvas = partial(canvas, style=STYLE)
 SHOWN_HORIZONS = 4
 """How many times its horizon the history of a fan chart goes back."""
 PANELS = 9
@@ -191,16 +190,3 @@ def training_curve(metrics: Path, path: Path) -> None:
                 ax.plot(*zip(*points, strict=True), color=colour, label=label)
         ax.set(xlabel="epoch", ylabel="quantile loss, sum over the levels")
         ax.legend(frameon=False)
-
-
-@contextmanager
-def _canvas(path: str | Path, size: tuple[float, float], **grid: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure and its `[rows, columns]` axes, written to `path` at the end."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        yield figure, figure.subplots(squeeze=False, **grid)
-        with atomic_path(path) as part:
-            figure.savefig(part, format="png", dpi=150)

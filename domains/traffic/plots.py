@@ -7,8 +7,8 @@ maps). A missing reading is a gap in its line.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from zoo import plots
-from zoo.files import atomic_path
-from zoo.plots import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION
+from zoo.plots import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION, canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +36,7 @@ STYLE: dict[Any, Any] = (
         "lines.solid_capstyle": "round",
     }
 )
+_canvas = partial(canvas, style=STYLE)
 QUANTITIES = {
     "simulated": "speed (mph)",
     "metr_la": "speed (mph)",
@@ -318,19 +318,6 @@ def _draw_freeway(data: TrafficData, forecast: np.ndarray, truth: np.ndarray, pa
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _canvas(path: str | Path, size: tuple[float, float], **grid: Any) -> Iterator[tuple[Figure, np.ndarray]]:
-    """A figure and its [rows, columns] of axes, saved to `path` at the end."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        yield figure, figure.subplots(squeeze=False, **grid)
-        with atomic_path(path) as part:
-            figure.savefig(part, format="png", dpi=160)
 
 
 def _colour_bar(figure: Figure, mappable: Any, axes: Any, label: str) -> None:

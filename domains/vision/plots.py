@@ -6,8 +6,8 @@ Colours can be told apart by colour-blind readers (Okabe and Ito for lines, civi
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,15 @@ from PIL import Image
 
 from domains.vision.images import Picture
 from zoo.errors import DataError
-from zoo.files import atomic_path
-from zoo.plots import BLUE, GREEN, STYLE, VERMILION
+from zoo.plots import BLUE, GREEN, STYLE, VERMILION, canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from domains.vision.data import VisionData
     from domains.vision.task import VisionTask
 
+_canvas = partial(canvas, style=STYLE)
 MOST_CLASSES = 40
 MOST_NUMBERS = 25
 """Up to so many classes, a confusion matrix has its counts written in it."""
@@ -162,16 +161,3 @@ def _mark_best(ax: Axes, points: np.ndarray) -> None:
 
 def _short(name: str, most: int = 16) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
-@contextmanager
-def _canvas(path: str | Path, size: tuple[float, float], **grid: Any) -> Iterator[tuple[Figure, np.ndarray]]:
-    """A figure and its [rows, columns] of axes, saved to `path` at the end."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        yield figure, figure.subplots(squeeze=False, **grid)
-        with atomic_path(path) as part:
-            figure.savefig(part, format="png", dpi=150)

@@ -185,11 +185,11 @@ def _chunkwise(p: _Recurrence, size: int) -> tuple[Tensor, Tensor]:
         within, entering, leaving, kept = _decayed_values(pairs[0], v, value_decay)
         carry = kept if carry is None else carry * kept
         before, state = _carried(p.state, readers, writers, leaving, carry)
-        out = torch.addcmul(within, before, entering)
+        out = torch.addcmul(within, before, entering).mul_(p.scale)
     else:
         corrections = None if rates is None else _inverse(pairs[1] * rates) * rates.mT
-        out, state = _carried(p.state, readers, writers, v, carry, pairs[0], corrections)
-    return out.mul_(p.scale).flatten(2, 3)[:, :, :tokens], state
+        out, state = _carried(p.state, readers, writers, v, carry, pairs[0], corrections, p.scale)
+    return out.flatten(2, 3)[:, :, :tokens], state
 
 
 def _inverse(system: Tensor) -> Tensor:
@@ -206,11 +206,12 @@ def _carried(
     carry: Tensor | None,
     pairs: Tensor | None = None,
     corrections: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """From chunk to chunk: what the readers see of the state, and by the pairs of what is written; the last
     state.
 
-    `u = values`, or by the delta rule `A (values - readers[1] S)`; `o = readers[0] S + pairs u`; then
+    `u = values`, or by the delta rule `A (values - readers[1] S)`; `o = scale (readers[0] S + pairs u)`; then
     `S <- carry * S + writers^T u`. All `(B, H, T, C, .)`.
     """
     sizes, state = state.shape[:2], state.flatten(0, 1)
@@ -226,7 +227,7 @@ def _carried(
         out = torch.bmm(reader, state)
         if correction is not None:
             u = torch.bmm(correction, torch.baddbmm(u, eraser, state, alpha=-1))
-        outs.append(out if pair is None else torch.baddbmm(out, pair, u))
+        outs.append(out if pair is None else torch.baddbmm(out, pair, u, beta=scale, alpha=scale))
         update = torch.bmm(writer.mT, u)
         state = state + update if kept is None else torch.addcmul(update, kept, state)
     return torch.stack(outs, dim=1).unflatten(0, sizes), state.unflatten(0, sizes)
@@ -261,7 +262,7 @@ class _Runs(NamedTuple):
 
     after: Tensor  # decay since the middle of the run (before it, the inverse), (..., n, _RUN, D)
     writers: Tensor  # times their decay up to the middle of their run, (..., n, _RUN, D)
-    ahead: list[Tensor]  # [d - 1]: up to the middle of the run d further, (..., n - d, _RUN, D)
+    ahead: list[Tensor]  # [i - 1]: those before run i times their decay up to its middle, (..., i _RUN, D)
     entering: Tensor  # decay since the chunk began up to the middle of a run, (..., n, 1, D)
     leaving: Tensor  # writers times their decay up to the end of the chunk, (..., C, D)
     total: Tensor  # decay over the chunk, (..., 1, D)
@@ -269,20 +270,20 @@ class _Runs(NamedTuple):
 
 def _runs(x: Tensor, g: Tensor) -> _Runs:
     """Of writers x and log decays g `(..., C, D)`."""
-    c = _cut(g.clamp(min=_LOWEST[g.dtype]), _RUN).cumsum(-2)
-    middle, end = c[..., _RUN // 2 - 1 : _RUN // 2, :], c[..., -1:, :]
-    since = c - middle
+    c = _cut(g.clamp(min=_LOWEST[g.dtype]), _RUN).cumsum_(-2)
+    middle, end = c[..., _RUN // 2 - 1, None, :].clone(), c[..., -1:, :].clone()
+    since = c.sub_(middle)
     writers = _cut(x, _RUN) * since.neg().exp_()
     until = writers * (end - middle).exp_()
-    ahead, between = [], torch.zeros_like(end)  # between: log decay over the runs that are skipped
-    for d in range(1, c.shape[-3]):
-        between = between[..., :-1, :, :]
-        ahead.append(until[..., :-d, :, :] * (between + middle[..., d:, :, :]).exp_())
-        between = between + end[..., d:, :, :]
+    ahead, between = [], torch.zeros_like(end[..., :1, :, :])  # log decay over the runs that are skipped
+    for i in range(1, c.shape[-3]):
+        decay = (between + middle[..., i, None, :, :]).exp_()
+        ahead.append((until[..., :i, :, :] * decay).flatten(-3, -2))
+        between = F.pad(between + end[..., i, None, :, :], (0, 0, 0, 0, 0, 1))
     before = F.pad(end[..., :-1, :, :], (0, 0, 0, 0, 1, 0)).cumsum(-3)
     behind = F.pad(end[..., 1:, :, :], (0, 0, 0, 0, 0, 1)).flip(-3).cumsum(-3).flip(-3)
     return _Runs(
-        since.exp(),
+        since.exp_(),
         writers,
         ahead,
         (before + middle).exp_(),
@@ -294,13 +295,13 @@ def _runs(x: Tensor, g: Tensor) -> _Runs:
 def _met(q: Tensor, runs: _Runs) -> tuple[Tensor, Tensor]:
     """Pairs of queries with the writers of runs, and the queries as readers of the state before the chunk."""
     q = _cut(q, _RUN) * runs.after
-    blocks = [(q @ runs.writers.mT).tril()]  # on the diagonal, and d blocks below it
-    blocks += [q[..., d:, :, :] @ writers.mT for d, writers in enumerate(runs.ahead, 1)]
     count = q.shape[-3]
-    pairs = q.new_zeros(*q.shape[:-3], count, _RUN, count, _RUN)
-    for d, block in enumerate(blocks):
-        pairs.diagonal(-d, dim1=-4, dim2=-2).copy_(block.movedim(-3, -1))
-    return pairs.flatten(-4, -3).flatten(-2, -1), (q * runs.entering).flatten(-3, -2)
+    pairs = q.new_zeros(*q.shape[:-1], count * _RUN)
+    within = (q @ runs.writers.mT).tril()
+    pairs.unflatten(-1, (count, _RUN)).diagonal(dim1=-4, dim2=-2).copy_(within.movedim(-3, -1))
+    for i, writers in enumerate(runs.ahead, 1):
+        pairs[..., i, :, : i * _RUN].copy_(q[..., i, :, :] @ writers.mT)
+    return pairs.flatten(-3, -2), (q * runs.entering).flatten(-3, -2)
 
 
 def _decayed_values(weights: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -310,17 +311,12 @@ def _decayed_values(weights: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tens
     over it `(..., 1, V)`.
     """
     runs = _runs(v, g)
-    out = _blocks(weights, 0) @ runs.writers
-    for d, writers in enumerate(runs.ahead, 1):
-        out = out + F.pad(_blocks(weights, d) @ writers, (0, 0, 0, 0, d, 0))
+    rows = weights.unflatten(-2, (-1, _RUN))  # (..., n, _RUN, C)
+    within = rows.unflatten(-1, (-1, _RUN)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3) @ runs.writers
+    before = [rows[..., i, :, : i * _RUN] @ writers for i, writers in enumerate(runs.ahead, 1)]
+    out = within + torch.stack([torch.zeros_like(within[..., 0, :, :]), *before], dim=-3)
     entering = runs.after * runs.entering
     return (out * runs.after).flatten(-3, -2), entering.flatten(-3, -2), runs.leaving, runs.total
-
-
-def _blocks(x: Tensor, d: int) -> Tensor:
-    """The blocks `(..., C / _RUN - d, _RUN, _RUN)` that stand d below the diagonal of `(..., C, C)`."""
-    blocks = x.unflatten(-2, (-1, _RUN)).unflatten(-1, (-1, _RUN))
-    return blocks.diagonal(-d, dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def _fitting(size: int, p: _Recurrence) -> int:

@@ -1,4 +1,5 @@
-"""Convolution with batch normalisation, and their folding into one convolution for inference."""
+"""Convolution with batch normalisation, their folding into one convolution for inference, and parts of blocks
+on maps."""
 
 from __future__ import annotations
 
@@ -77,3 +78,22 @@ class ChannelNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
+
+
+class ChannelsLast(nn.Module):
+    """The same map with the channels of a pixel side by side in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def add_identity_(conv: nn.Conv2d) -> None:
+    """Makes a depthwise convolution give `x + conv(x)`."""
+    middle = conv.kernel_size[0] // 2
+    conv.weight[:, 0, middle, middle] += 1
+
+
+def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    """A branch times its layer scale, if it has one."""
+    return x if gamma is None else gamma * x

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from domains.vision.attention import Choice, map_attention, on_map
 from domains.vision.backbone import Backbone
+from domains.vision.vit import initialise
 from domains.vision.weights.biformer import BiFormerOfficial, BiFormerSTLOfficial
 from zoo.attention import attend
 from zoo.attention.routed import attend_regions, route
 from zoo.errors import ConfigError
-from zoo.layers.conv import ChannelNorm, ConvNorm, scale_and_shift
+from zoo.layers.conv import ChannelNorm, ChannelsLast, ConvNorm, add_identity_, scale_and_shift, scaled
 from zoo.registry import register_model
 
 
@@ -212,24 +213,11 @@ class Block(nn.Module):
         x = x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
         return x.permute(0, 3, 1, 2)
 
-    @torch.no_grad()
     def fuse_(self) -> None:
         """Moves the residual of the position encoding into its kernel."""
         if self.pos is not None and self.pos_residual:
-            middle = self.pos.kernel_size[0] // 2
-            self.pos.weight[:, 0, middle, middle] += 1
+            add_identity_(self.pos)
             self.pos_residual = False
-
-
-def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else gamma * x
-
-
-class ChannelsLast(nn.Module):
-    """The same map with the channels of a pixel side by side in memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last)
 
 
 class PatchMerging(nn.Module):
@@ -377,11 +365,7 @@ class BiFormer(Backbone):
         self.norm = norm(embed_dims[-1])
         if out_norms:
             self.out_norms = nn.ModuleList(ChannelNorm(dim, eps=1e-6) for dim in embed_dims)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(initialise)
         self.finish(embed_dims, [4 * 2**i for i in range(levels)])
 
     def fuse_(self) -> None:

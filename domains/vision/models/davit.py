@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from domains.vision.attention import Choice, map_attention, on_map
 from domains.vision.backbone import Backbone
+from domains.vision.vit import initialise
 from domains.vision.weights.davit import DaViTOfficial
 from zoo.attention import attend
 from zoo.attention.layers.channel import ChannelGroups
 from zoo.attention.layers.multihead import split_heads
 from zoo.attention.maps import from_windows, padded, windows
 from zoo.errors import ConfigError
-from zoo.layers.conv import ChannelNorm
+from zoo.layers.conv import ChannelNorm, add_identity_
 from zoo.registry import register_model
 
 
@@ -98,11 +99,10 @@ class PositionEncoding(nn.Conv2d):
         """`(B, C, H, W) -> (B, C, H, W)`"""
         return x + super().forward(x) if self.residual else super().forward(x)
 
-    @torch.no_grad()
     def fuse_(self) -> None:
         """Moves the residual into the kernel."""
         if self.residual:
-            self.weight[:, 0, 1, 1] += 1
+            add_identity_(self)
             self.residual = False
 
 
@@ -185,11 +185,7 @@ class DaViT(Backbone):
                 for make in (spatial, channel)
             ]
             self.stages.append(nn.Sequential(*down, *blocks))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(initialise)
         self.finish(embed_dims, strides)
 
     def make_pre_head(self) -> nn.Module:

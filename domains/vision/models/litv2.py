@@ -18,6 +18,7 @@ from torchvision.ops import deform_conv2d
 
 from domains.vision.attention import Choice, map_attention, on_map
 from domains.vision.backbone import Backbone
+from domains.vision.vit import initialise
 from domains.vision.weights.litv2 import LITv2Official
 from zoo.errors import ConfigError
 from zoo.layers.conv import ChannelNorm, ConvNorm, scale_and_shift
@@ -166,11 +167,7 @@ class LITv2(Backbone):
                 nn.Sequential(*([DeformableMerging(*dims[i - 1 : i + 1])] if i else []), *blocks)
             )
         self.norm = ChannelNorm(dims[-1])
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(initialise)
         self.finish(dims, strides)
 
 

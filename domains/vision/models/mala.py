@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from domains.vision.attention import Choice, map_attention, on_map
 from domains.vision.backbone import Backbone
+from domains.vision.vit import initialise
 from domains.vision.weights.mala import MALAOfficial
 from zoo.attention import Dense, attend
 from zoo.attention.layers import AttentionLayer
@@ -24,7 +25,7 @@ from zoo.attention.layers.base import masked
 from zoo.attention.layers.magnitude import MagnitudeAware
 from zoo.attention.rotary import rotary
 from zoo.errors import ConfigError
-from zoo.layers.conv import ConvNorm
+from zoo.layers.conv import ChannelsLast, ConvNorm, add_identity_, scaled
 from zoo.registry import register_model
 
 
@@ -64,13 +65,6 @@ class FeedForward(nn.Module):
         self.residual = False
 
 
-@torch.no_grad()
-def add_identity_(conv: nn.Conv2d) -> None:
-    """Makes a depthwise convolution give `x + conv(x)`."""
-    middle = conv.kernel_size[0] // 2
-    conv.weight[:, 0, middle, middle] += 1
-
-
 class Block(nn.Module):
     """Depthwise position encoding, attention and feed-forward, each with a residual."""
 
@@ -108,17 +102,6 @@ class Block(nn.Module):
         """Moves the residual of the position encoding into its kernel."""
         add_identity_(self.pos)
         self.pos_residual = False
-
-
-def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else gamma * x
-
-
-class ChannelsLast(nn.Module):
-    """The same map with the channels of a pixel side by side in memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last)
 
 
 class PreHead(nn.Sequential):
@@ -189,11 +172,7 @@ class MALA(Backbone):
                 for rate in rates
             ]
             self.stages.append(nn.Sequential(*down, *blocks))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(initialise)
         self.finish(embed_dims, [4 * 2**i for i in range(len(depths))])
 
     def make_pre_head(self) -> nn.Module:

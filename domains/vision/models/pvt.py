@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from domains.vision.attention import Choice, map_attention, on_map
 from domains.vision.backbone import Backbone
+from domains.vision.vit import initialise
 from zoo.attention import attend
 from zoo.attention.layers.multihead import split_heads
 from zoo.errors import ConfigError
@@ -154,11 +155,7 @@ class PVT(Backbone):
             patches = [PatchEmbedding(embed_dims[i - 1], embed_dims[i], 2, shapes[i])] if i else []
             blocks = [Block(embed_dims[i], attn(i), mlp_ratios[i], rate) for rate in rates]
             self.stages.append(nn.Sequential(*patches, *blocks))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(initialise)
         self.finish(embed_dims, strides)
 
     def make_attention(self, i: int, dim: int, num_heads: int, shape: tuple[int, ...]) -> nn.Module:
