@@ -24,7 +24,7 @@ NEEDS_DOMAIN = ("train", "bench")
 OPTIONAL = {
     "optimizer": ("momentum", "nesterov", "amsgrad", "alpha", "layer_decay"),
     "schedule": ("gamma", "every_steps", "every_epochs", "min_lr", "warmup_steps", "warmup_epochs"),
-    "loss": ("null_value", "delta", "label_smoothing", "class_weights"),
+    "loss": ("null_value", "delta", "label_smoothing", "class_weights", "eps"),
     "ema": ("decay",),
     "early_stopping": ("patience", "min_delta"),
 }
@@ -53,7 +53,8 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
         raise ConfigError(
             f"Choose a domain: zoo {verb} domain={domains[0]} ... Domains: {', '.join(domains)}."
         )
-    chosen = [line for o in parsed if _is_group(o, groups) for line in _choice(o, bare)]
+    problem = _problem(parsed, groups)
+    chosen = [line for o in parsed if _is_group(o, groups) for line in _choice(o, bare, problem)]
     base = _hydra(verb, chosen)
     named = [o for o in parsed if _looks_like_a_group(o, groups) and _has(base, o.key_or_group)]
     rest = [o for o in parsed if not _is_group(o, groups) and o not in named]
@@ -89,25 +90,50 @@ def _groups(verb: str) -> dict[str, list[str]]:
             names += [] if entry == "_self_" else _groups(entry)
         else:
             names += [str(name).removeprefix("override ") for name in entry]
-    return {name: sorted(f.stem for f in (config_dir() / name).glob("*.yaml")) for name in names}
+    return {name: _options(config_dir() / name) for name in names}
+
+
+def _options(folder: Path) -> list[str]:
+    """`traffic`, and from a folder in it `forecasting/ranking`."""
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
 
 
 def _models_without_config(overrides: list[Override], groups: dict[str, list[str]]) -> list[str]:
     """Registered models of the chosen domain, where one is asked for that has no file in `configs/model`."""
-    chosen = {o.key_or_group: o.value() for o in overrides if _is_group(o, groups)}
+    chosen = _chosen(overrides, groups)
     if not chosen.get("domain") or chosen.get("model") in (None, *groups["model"]):
         return []
     if chosen["domain"] not in groups["domain"]:
         return []
     from zoo.registry import list_models
 
-    return [name.rpartition("/")[2] for name in list_models(f"{chosen['domain']}/*")]
+    return list_models(f"{chosen['domain'].partition('/')[0]}/*")
 
 
-def _choice(override: Override, bare: list[str]) -> list[str]:
+def _chosen(overrides: list[Override], groups: dict[str, list[str]]) -> dict[str, Any]:
+    return {o.key_or_group: o.value() for o in overrides if _is_group(o, groups)}
+
+
+def _problem(overrides: list[Override], groups: dict[str, list[str]]) -> str:
+    """The domain config of the chosen model: `forecasting/ranking` for domain=forecasting model=miga."""
+    chosen = _chosen(overrides, groups)
+    domain, model = chosen.get("domain"), chosen.get("model")
+    if not (domain and model):
+        return domain or ""
+    from zoo.registry import get_domain
+
+    if model in groups["model"]:
+        config: Any = OmegaConf.load(config_dir() / "model" / f"{model}.yaml")
+        model = config.model.name
+    return get_domain(domain, model).name
+
+
+def _choice(override: Override, bare: list[str], problem: str) -> list[str]:
     """The override as Hydra wants it; a model without config is chosen by its name alone."""
     if override.key_or_group == "model" and override.value() in bare:
         return ["~model", f"++model.name={override.value()}"]
+    if override.key_or_group == "domain" and problem:
+        return [f"domain={problem}"]
     return [override.input_line or ""]
 
 
@@ -217,7 +243,8 @@ def _accepted(parent: str, base: DictConfig) -> list[str]:
     if parent == "data" and OmegaConf.select(base, "domain.name"):
         from zoo.registry import get_domain
 
-        return _arguments(get_domain(base.domain.name).load("data"))
+        model = OmegaConf.select(base, "model.name")
+        return _arguments(get_domain(base.domain.name, model).load("data"))
     return []
 
 

@@ -55,6 +55,8 @@ class ModelCard:
     """Names of checkpoint cards (`checkpoints/NAME.yaml`)."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     notes: str = ""
+    problem: str = ""
+    """Of a model for another problem than its domain's own: which of those registered, see `Domain`."""
     parameters: int | None = None
     """With default arguments, and `sizes` for those without default; None where that leaves one open."""
     sizes: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +65,10 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class Domain:
-    """What a domain offers, each part as `"package.module:attribute"`, imported on `load`; empty: none."""
+    """What a domain offers, each part as `"package.module:attribute"`, imported on `load`; empty: none.
+
+    A further problem of a domain, with data and task of its own, is registered as `"DOMAIN/PROBLEM"`.
+    """
 
     name: str
     summary: str
@@ -72,6 +77,8 @@ class Domain:
     predict: str = ""
     bench: str = ""
     explain: str = ""
+    detect: str = ""
+    """Function from the tensors of an official file to the name of their model, or None."""
     example_inputs: str = ""
     """Function from a model's arguments (as keywords) to the inputs of one sample."""
     example_sizes: dict[str, Any] = field(default_factory=dict)
@@ -127,6 +134,7 @@ def register_model(
     official: type[OfficialLayout] | None = None,
     preprocessing: dict[str, Any] | None = None,
     notes: str = "",
+    problem: str = "",
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Register a builder function under its own name; the domain is the package `domains.DOMAIN` it lies in.
 
@@ -160,6 +168,7 @@ def register_model(
             weights=weights,
             preprocessing=dict(preprocessing or {}),
             notes=notes,
+            problem=problem,
         )
         _MODELS[name] = _Entry(card, builder, model, official)
         return builder
@@ -180,19 +189,30 @@ def list_domains() -> list[str]:
     """Names of the domains that are installed, sorted; imports none of them."""
     packages = importlib.import_module("domains").__path__
     found = {module.name for module in pkgutil.iter_modules(packages) if module.ispkg}
-    return sorted(found | set(_DOMAINS))
+    return sorted(found | {name for name in _DOMAINS if "/" not in name})
 
 
-def get_domain(name: str) -> Domain:
-    """The domain called `name`.
+def get_domain(name: str, model: str | None = None) -> Domain:
+    """The domain called `name`; or what it offers for the problem of `model`, if not its own.
+
+    `get_domain("forecasting", "miga")` and `get_domain("forecasting/ranking")` are the same.
 
     Raises:
         UnknownName: there is none; the message names the nearest.
     """
-    _import_domain(name)
+    package = name.partition("/")[0]
+    _import_domain(package)
+    entry = _MODELS.get(model or "")
+    if entry is not None and entry.card.domain == package:
+        name = _problem_of(entry.card)
     if name not in _DOMAINS:
-        raise UnknownName(f"Package domains.{name} registers no domain.")
+        raise UnknownName(f"Package domains.{package} registers no domain {name!r}.")
     return _DOMAINS[name]
+
+
+def _problem_of(card: ModelCard) -> str:
+    """What the parts that serve a model are registered as: `forecasting/ranking`, or `traffic`."""
+    return f"{card.domain}/{card.problem}" if card.problem else card.domain
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -236,7 +256,7 @@ def count_flops(name: str) -> int | None:
     from zoo.attention import backend
 
     entry = _find(name)
-    domain, sizes = _DOMAINS.get(entry.card.domain), _example_sizes(entry)
+    domain, sizes = _DOMAINS.get(_problem_of(entry.card)), _example_sizes(entry)
     if domain is None or not domain.example_inputs or _needed(entry, sizes):
         return None
     arguments = {key: parameter.default for key, parameter in _signature(entry).items()} | sizes
@@ -320,7 +340,7 @@ def _constructors(model: Callable[..., nn.Module]) -> list[Callable[..., Any]]:
 
 
 def _example_sizes(entry: _Entry) -> dict[str, Any]:
-    domain = _DOMAINS.get(entry.card.domain)
+    domain = _DOMAINS.get(_problem_of(entry.card))
     sizes = domain.example_sizes if domain else {}
     return {key: sizes[key] for key in _needed(entry, {}) if key in sizes}
 
@@ -502,6 +522,22 @@ def to_official(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -
     """
     layout = _layout(_entry_of(model))
     return layout.exported(dict(model.state_dict() if tensors is None else tensors), model)
+
+
+def detect_model(state: dict[str, Tensor]) -> str | None:
+    """The model that the tensors of an official file belong to, as far as a domain knows them by their names.
+
+    Raises:
+        CheckpointError: they are of a family that is known, but of none of its models.
+    """
+    domains = (get_domain(name) for name in list_domains())
+    found = (domain.load("detect")(state) for domain in domains if domain.detect)
+    return next((name for name in found if name), None)
+
+
+def official_wrapper(model: nn.Module) -> str | None:
+    """The key under which PyTorch files of a model's official program hold the weights."""
+    return _layout(_entry_of(model)).wrapper
 
 
 def load_weights(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor | np.ndarray]) -> LoadReport:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from domains.forecasting import hardware as hardware
 from domains.forecasting import models as models
+from domains.forecasting import ranking as ranking
 from zoo.registry import Domain, register_domain
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from domains.forecasting.backtest import Inputs, SeriesSet, Window
+from domains.forecasting.metrics import LEVELS
 from domains.forecasting.pipeline.inputs import prepare
 from domains.forecasting.synthetic import UNIVARIATE, draw_group
 from zoo.errors import DataError
 
-SHORTEST = 16
+SHORTEST = 24
 """Steps of the shortest history that is drawn."""
 
 
@@ -66,15 +67,16 @@ def _filled(values: Tensor, left: int = 0, right: int = 0) -> Tensor:
 class SyntheticSamples(Dataset):
     """Samples of a number of synthetic rows: single series, and groups with or without covariates.
 
-    A sample depends on (seed, epoch, index) alone. The number of future patches and the longest history are
-    drawn for each batch of `batch_size` samples in a row, so that no row is mostly padding.
+    A sample depends on (seed, epoch, index) alone. The steps of the future, the longest history and whether
+    there are groups of several series are drawn for each batch of `batch_size` samples in a row, so that no
+    row is mostly padding, and a batch of single series needs no attention among rows.
 
     Args:
         size: samples of an epoch.
         rows: of each sample.
         context_length: steps of the longest history.
-        max_patches: largest number of future patches, of `patch_size` steps.
-        multivariate: share of rows in groups of several series.
+        horizon: steps of the longest future; the others are a half and a quarter of it.
+        multivariate: share of the batches that are of groups of several series.
         generator: one for all, see `draw_group`; None: the mixture.
         redraw: samples change with the epoch.
         seed: validation samples take another.
@@ -86,8 +88,7 @@ class SyntheticSamples(Dataset):
         *,
         rows: int,
         context_length: int,
-        max_patches: int,
-        patch_size: int = 16,
+        horizon: int,
         batch_size: int = 1,
         multivariate: float = 0.3,
         generator: str | None = None,
@@ -95,7 +96,7 @@ class SyntheticSamples(Dataset):
         seed: int = 0,
     ) -> None:
         self.size, self.rows, self.context_length = size, rows, context_length
-        self.max_patches, self.patch_size, self.batch_size = max_patches, patch_size, batch_size
+        self.horizon, self.batch_size = horizon, batch_size
         self.multivariate, self.generator, self.seed, self.epoch = multivariate, generator, seed, 0
         self.redraw = redraw
         self._single = generator if generator in UNIVARIATE else None
@@ -108,12 +109,13 @@ class SyntheticSamples(Dataset):
 
     def __getitem__(self, index: int) -> Rows:
         of_batch = np.random.default_rng([self.seed, self.epoch, index // self.batch_size, 0])
-        ahead = self.patch_size * int(of_batch.integers(1, self.max_patches + 1))
-        longest = self.context_length if of_batch.random() < 0.7 else self._history(of_batch)
+        ahead = max(1, self.horizon >> int(of_batch.integers(3)))
+        longest = self.context_length if of_batch.random() < 0.6 else self._history(of_batch)
+        grouped = of_batch.random() < self.multivariate
         rng = np.random.default_rng([self.seed, self.epoch, index, 1])
         parts, left = [], self.rows
         while left:
-            parts += self._groups(rng, left, longest, ahead)
+            parts += self._groups(rng, left, longest, ahead, grouped=grouped)
             left = self.rows - sum(len(part.context) for part in parts)
         return collate(parts)
 
@@ -122,17 +124,21 @@ class SyntheticSamples(Dataset):
         shortest = min(SHORTEST, self.context_length)
         return int(np.exp(rng.uniform(np.log(shortest), np.log(self.context_length + 1))))
 
-    def _groups(self, rng: np.random.Generator, rows: int, longest: int, ahead: int) -> list[Rows]:
+    def _groups(
+        self, rng: np.random.Generator, rows: int, longest: int, ahead: int, *, grouped: bool
+    ) -> list[Rows]:
         """A group of several rows, or single ones, at most `rows` in all."""
         length = longest + ahead
-        if rows > 1 and rng.random() < self.multivariate:
+        if rows > 1 and grouped:
             group = draw_group(rng, int(rng.integers(2, rows + 1)), length, generator=self.generator)
             singles = [(group.values, group.num_targets, group.num_known)]
         else:
             count = int(rng.integers(1, min(rows, 4) + 1))
-            values = draw_group(rng, count, length, generator=self._single, covariates=0.0).values
+            single = {"generator": self._single, "covariates": 0.0, "missing": 0.03}
+            values = draw_group(rng, count, length, **single).values
             singles = [(row[None], 1, 0) for row in values]
-        history = longest if rng.random() < 0.8 else min(longest, self._history(rng))
+        cut = rng.random() < 0.15
+        history = int(rng.integers(min(SHORTEST, longest), longest + 1)) if cut else longest
         return [
             _sample(values[:, longest - history :], ahead, targets, known)
             for values, targets, known in singles
@@ -234,6 +240,8 @@ class Forecastable(NamedTuple):
     """The target that is forecast alone; None: all together."""
     horizon: int
     inputs: Inputs
+    levels: Sequence[float]
+    """Quantile levels to forecast."""
 
 
 class ForecastWindows(Dataset):
@@ -241,13 +249,20 @@ class ForecastWindows(Dataset):
 
     Args:
         windows: of each set.
+        context_length: steps of history at most; None: all.
         groups: forecast targets together and with their covariates; else each target alone.
+        levels: quantile levels to forecast.
     """
 
     def __init__(
-        self, windows: Sequence[Sequence[Window]], context_length: int, *, groups: bool = True
+        self,
+        windows: Sequence[Sequence[Window]],
+        context_length: int | None,
+        *,
+        groups: bool = True,
+        levels: Sequence[float] = LEVELS,
     ) -> None:
-        self.context_length = context_length
+        self.context_length, self.levels = context_length, levels
         self.entries = [
             (which, place, row, window)
             for which, part in enumerate(windows)
@@ -263,7 +278,7 @@ class ForecastWindows(Dataset):
         inputs = window.inputs(self.context_length)
         if row is not None:
             inputs = {"target": inputs["target"][row]}
-        return Forecastable(which, place, row, window.horizon, inputs)
+        return Forecastable(which, place, row, window.horizon, inputs, self.levels)
 
 
 def patches_for(horizon: int, patch_size: int) -> int:

@@ -108,7 +108,7 @@ def over_series(name: str, size: int, steps: int) -> Growth:
         return lambda: forecaster.predict_series(items, 16)
 
     words = "alone" if size == 1 else f"in groups of {size}"
-    return Growth(f"{name} over series {words}, context {steps}", build, (512, 1024, 2048, 4096))
+    return Growth(f"{name} over series {words}, context {steps}", build, (1000, 3000, 10_000))
 
 
 SMALL = "chronos2_small"
@@ -116,11 +116,11 @@ SUITE = Suite(
     (
         predicting(SMALL, [1] * 32, 512, 64, words="32 series", target=1.6),
         predicting(SMALL, [1] * 32, 2048, 64, words="32 series", target=1.6),
-        predicting(SMALL, [1] * 1000, 64, 16, words="1,000 short series", target=1.6),
-        predicting(SMALL, [8] * 125, 64, 16, words="1,000 short series in groups of 8", target=1.4),
-        predicting(SMALL, [64] * 15 + [40], 64, 16, words="1,000 short series in groups of 64"),
-        predicting(SMALL, [4] * 64, 512, 64, words="64 groups of 4", target=1.4),
-        predicting(SMALL, [20] * 30, 128, 64, words="30 groups of 20", target=1.4),
+        predicting(SMALL, [1] * 1000, 32, 16, words="1,000 short series", target=1.6),
+        predicting(SMALL, [8] * 125, 32, 16, words="1,000 short series in groups of 8", target=1.4),
+        predicting(SMALL, [64] * 15 + [40], 32, 16, words="1,000 short series in groups of 64"),
+        predicting(SMALL, [4] * 64, 256, 64, words="64 groups of 4", target=1.4),
+        predicting(SMALL, [20] * 12, 128, 64, words="12 groups of 20", target=1.4),
         predicting(SMALL, [4, 7, 13, 20] * 6, 128, 64, words="24 groups of 4 to 20", target=1.4),
         predicting("chronos2", [1] * 32, 512, 64, words="32 series", target=1.6),
         *(

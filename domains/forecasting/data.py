@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from domains.forecasting.batches import (
     Rows,
     SyntheticSamples,
     collate,
-    patches_for,
 )
+from domains.forecasting.fev_tasks import FevTask, levels_of, read_tasks
+from domains.forecasting.metrics import LEVELS
 from domains.forecasting.series import listed
 from domains.forecasting.sources import (
     embedded_sets,
@@ -33,7 +34,7 @@ from domains.forecasting.sources import (
 from zoo.errors import ConfigError, did_you_mean
 from zoo.training.data import DataModule, ResumableLoader
 
-PATCH_SIZE = 16
+HORIZON = 48
 CONTEXT_LENGTH = 512
 VALIDATION_STEPS = 16
 VALIDATION_SEED = 1_000_003
@@ -46,13 +47,15 @@ class ForecastData(DataModule):
     `synthetic` trains on generated series and is tested zero-shot on the real series that ship with the zoo,
     or on those of `test_path`. A table or M4 folder is trained on up to two horizons before the end of each
     series; the last but one horizon is for validation, the last (with `windows`, several) for the test.
+    Tasks of fev are for tests alone.
 
     Args:
-        name: `synthetic`, `file` or `m4`.
-        path: of the table, or of the M4 folder.
+        name: `synthetic`, `file`, `m4` or `fev`.
+        path: of the table, of the M4 folder, or of the YAML file of fev's tasks.
         test_path: for `synthetic`: test on this table or M4 folder too.
         id_column, timestamp_column, target, past, known, freq, gaps: of tables, see `read_frame`.
-        horizon: steps to forecast; None: that of the M4 part. For `synthetic`: the longest, in training.
+        horizon: steps to forecast; None: that of the M4 part. For `synthetic`: the longest in training, 48
+            by default.
         season: steps of a season; None: by the frequency.
         context_length: steps of history at most; None: 512, or what fine-tuned weights read.
         min_past: steps of history that a training window must have; None: the horizon.
@@ -71,6 +74,10 @@ class ForecastData(DataModule):
 
     tests: list[SeriesSet]
     test_windows: list[list[Window]]
+    fev: list[FevTask]
+    """Its tasks, one for each set, where these are what is tested."""
+    levels: Sequence[float]
+    """Quantile levels that the test forecasts."""
 
     def __init__(
         self,
@@ -125,9 +132,11 @@ class ForecastData(DataModule):
         }
         self.horizon, self.season = horizon, season
         self.context_length = CONTEXT_LENGTH if context_length is None else context_length
+        self._reads_as_its_model = context_length is None
         self.min_past, self.windows, self.stride, self.steps = min_past, windows, stride, steps
         self.rows, self.multivariate, self.generator = rows, multivariate, generator
         self.groups, self.baselines = groups, list(baselines)
+        self.fev, self.levels = [], LEVELS
 
     def setup(self, stage: str | None = None) -> None:
         """Read and cut; once, whatever the stage."""
@@ -135,24 +144,31 @@ class ForecastData(DataModule):
             return
         if self.name == "synthetic":
             self._set_up_synthetic()
+        elif self.name == "fev":
+            self._set_up_fev()
         else:
             self._set_up_real(self._read(self.path))
-        self.test_set = ForecastWindows(self.test_windows, self.context_length, groups=self.groups)
+        self._set_up_test()
 
-    def ungroup(self) -> None:
-        """Forecast every target alone in the test."""
-        self.groups = False
-        self.test_set = ForecastWindows(self.test_windows, self.context_length, groups=False)
+    def _set_up_test(self) -> None:
+        self.test_set = ForecastWindows(
+            self.test_windows, self.context_length, groups=self.groups, levels=self.levels
+        )
+
+    def fit_to(self, facts: Mapping[str, Any]) -> None:
+        """Test as the weights were trained: on single rows if so, on as many steps as they read."""
+        self.groups = self.groups and facts.get("groups", True)
+        if self._reads_as_its_model:
+            self.context_length = facts.get("context_length", self.context_length)
+        self._set_up_test()
 
     def _set_up_synthetic(self) -> None:
-        patches = patches_for(self.horizon or PATCH_SIZE, PATCH_SIZE)
         self.train_set, self.val_set = (
             SyntheticSamples(
                 steps * self.batch_size,
                 rows=self.rows,
                 context_length=self.context_length,
-                max_patches=patches,
-                patch_size=PATCH_SIZE,
+                horizon=self.horizon or HORIZON,
                 batch_size=self.batch_size,
                 multivariate=self.multivariate,
                 generator=self.generator,
@@ -171,6 +187,14 @@ class ForecastData(DataModule):
             rolling_windows(series, series.horizon, self._test_windows(series), self.stride)
             for series in self.tests
         ]
+
+    def _set_up_fev(self) -> None:
+        if self.path is None:
+            raise ConfigError("data=fev needs the file of its tasks: data.path=TASKS.yaml.")
+        self.fev = read_tasks(self.path)
+        self.levels = levels_of(self.fev)
+        self.tests = [one.series for one in self.fev]
+        self.test_windows = [one.windows for one in self.fev]
 
     def _test_windows(self, series: SeriesSet) -> int:
         """M4 has one test window of its own."""
@@ -205,6 +229,8 @@ class ForecastData(DataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """In order: what is behind an index is drawn anew in every epoch."""
+        if self.fev:
+            raise ConfigError("data=fev is for zoo evaluate; train on data=synthetic, m4 or forecast_file.")
         return self.loader(self.train_set, shuffle=False)
 
     def loader(self, dataset: Dataset, *, shuffle: bool = False) -> ResumableLoader:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 STYLE: dict[Any, Any] = plots.STYLE | plots.GRID | {"lines.linewidth": 1.4}
 _canvas = partial(canvas, style=STYLE)
+SETS = (BLUE, VERMILION, GREEN, "#cc79a7", "#e69f00", "#56b4e9", GREY)
+"""Colours of test sets."""
 SHOWN_HORIZONS = 4
 """How many times its horizon the history of a fan chart goes back."""
 PANELS = 9
@@ -75,7 +77,8 @@ def draw_results(task: ForecastTask, data: ForecastData, results: Mapping[str, A
         calibration[series.name] = below[known].mean(axis=0)
     calibration_plot(calibration, LEVELS, folder / "calibration.png")
     if len(results["sets"]) > 1:
-        skill_plot(results["sets"], task.name, folder / "skill.png")
+        metric = next(iter(results["leaderboards"]))
+        skill_plot(results["sets"], task.name, folder / "skill.png", metric)
     if (folder.parent / "metrics.csv").is_file():
         training_curve(folder.parent / "metrics.csv", folder / "training.png")
 
@@ -136,7 +139,7 @@ def _draw_fan(ax: Axes, fan: Fan) -> None:
 def _label_time(ax: Axes) -> None:
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
-    locator = AutoDateLocator(minticks=3, maxticks=6)
+    locator = AutoDateLocator(minticks=3, maxticks=7)
     ax.xaxis.set_major_locator(locator)
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
@@ -148,7 +151,8 @@ def calibration_plot(shares: Mapping[str, np.ndarray], levels: Sequence[float], 
         ax = axes.flat[0]
         ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
         for i, (name, share) in enumerate(shares.items()):
-            ax.plot(levels, share, marker=markers[i % len(markers)], markersize=4, label=name)
+            colour, marker = SETS[i % len(SETS)], markers[i % len(markers)]
+            ax.plot(levels, share, color=colour, marker=marker, markersize=4, label=name)
         ax.set(xlabel="quantile level", ylabel="share of values below", xlim=(0, 1), ylim=(0, 1))
         ax.set_title("calibration on the test sets")
         ax.legend(frameon=False)
@@ -168,7 +172,8 @@ def skill_plot(sets: Mapping[str, Any], own: str, path: str | Path, metric: str 
             places = np.arange(len(sets)) + (i - (len(others) - 1) / 2) * 0.8 / len(others)
             colour = colours.get(name, (BLUE, GREEN, GREY)[i % 3])
             bars = ax.barh(places, ratios, height=0.72 / len(others), color=colour, label=name)
-            ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            ax.bar_label(bars, fmt="%.2f", padding=4, fontsize=8, bbox=behind)
         ax.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
         ax.set_yticks(np.arange(len(sets)), list(sets))
         ax.invert_yaxis()

@@ -52,7 +52,7 @@ def checked_frame(
     """The columns asked for, with the rows of each series in the order of time.
 
     Series come in the order of their first appearance. Missing values stay NaN; a series without any value is
-    allowed, with a warning.
+    allowed, with a warning; so is a constant one.
 
     Args:
         df: a long frame.
@@ -77,7 +77,7 @@ def checked_frame(
         _check_finite(frame[name], frame[id_column], frame[timestamp_column], source)
     frame = _sorted(frame, id_column, timestamp_column)
     _check_duplicates(frame, id_column, timestamp_column, source)
-    _warn_of_empty(frame, target, id_column, source)
+    _warn_of_flat(frame, target, id_column, source)
     return frame
 
 
@@ -200,12 +200,15 @@ def _check_duplicates(frame: Any, id_column: str, timestamp_column: str, source:
         )
 
 
-def _warn_of_empty(frame: Any, target: Sequence[str], id_column: str, source: str) -> None:
+def _warn_of_flat(frame: Any, target: Sequence[str], id_column: str, source: str) -> None:
     for name in target:
-        known = frame.groupby(id_column, sort=False)[name].count()
-        if (known == 0).any():
-            empty = known.index[known == 0].tolist()
+        values = frame.groupby(id_column, sort=False, observed=True)[name].agg(["count", "min", "max"])
+        empty = values.index[values["count"] == 0].tolist()
+        constant = values.index[(values["min"] == values["max"]) & (values["count"] > 1)].tolist()
+        if empty:
             log.warning("%s: %r has no value at all in series %s.", source, name, listed(empty))
+        if constant:
+            log.warning("%s: %r has one and the same value in series %s.", source, name, listed(constant))
 
 
 # ---- frequency ---------------------------------------------------------------------------------------------

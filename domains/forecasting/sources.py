@@ -1,7 +1,8 @@
-"""Where series come from: long and wide tables, the M4 files, and the real series that ship with the zoo."""
+"""Where series come from: tables, the M4 files, and the real series that ship with the zoo."""
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,18 @@ import pandas as pd
 from pandas.tseries.offsets import BaseOffset
 
 from domains.forecasting.backtest import Item, SeriesSet, from_frame
+from domains.forecasting.layouts import (
+    ID_COLUMNS,
+    JSON_SUFFIXES,
+    TARGET_COLUMNS,
+    TIME_COLUMNS,
+    Layout,
+    long_table,
+    read_json_lines,
+    read_text,
+    read_tsf,
+    usual,
+)
 from domains.forecasting.series import (
     checked_frame,
     fill_gaps,
@@ -23,12 +36,7 @@ from domains.forecasting.series import (
 from zoo.errors import ConfigError, DataError, did_you_mean
 from zoo.paths import data_dir
 
-ID_COLUMNS = ("item_id", "unique_id", "series_id", "id", "series")
-TIME_COLUMNS = ("timestamp", "ds", "datetime", "date", "time", "ts", "day", "month")
-TARGET_COLUMNS = ("target", "y", "value", "sales", "demand")
-"""Names that AutoGluon, Nixtla and others give, the first found is taken; upper or lower case."""
-
-SUFFIXES = (".csv", ".csv.gz", ".txt", ".txt.gz", ".parquet")
+SUFFIXES = (".csv", ".csv.gz", ".txt", ".txt.gz", ".parquet", *JSON_SUFFIXES, ".tsf")
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
@@ -48,12 +56,13 @@ def read_frame(
     """A table of one or many series as a checked long frame.
 
     Args:
-        path: CSV or Parquet with a row per series and time. Without a column of ids it is one series, and a
-            wide table (ETT: date and seven columns) is one series of several columns.
+        path: CSV, Parquet, JSON lines or `.tsf` in one of the layouts of `layouts.py`. A table without a
+            column of ids is one series; a wide one (ETT: date and seven columns) is a series of several
+            targets, where they are named, or else one series per column.
         id_column, timestamp_column: found by their usual names where they are None.
         target: columns to forecast; None: a usual name, or the only column of numbers that is left.
         past, known: covariates known up to now, and those whose future is known.
-        freq: where it cannot be inferred.
+        freq: where it cannot be inferred, and of series without time stamps.
         gaps: `error`, or `fill`: rows that are left out become missing values.
 
     Returns:
@@ -65,14 +74,17 @@ def read_frame(
     """
     if gaps not in ("error", "fill"):
         raise ConfigError(f"gaps={gaps} is not one of error, fill.")
-    path, table = Path(path), read_table(Path(path))
-    found_time = timestamp_column or _usual(table, TIME_COLUMNS)
+    path = Path(path)
+    chosen = bool(target or past or known)
+    table, told = _read_layout(path, freq=freq, timestamp_column=timestamp_column, choose=not chosen)
+    freq = told or freq
+    found_time = timestamp_column or usual(table, TIME_COLUMNS)
     if found_time is None:
         raise DataError(
             f"{path} has no column of time stamps; it has {listed(list(table.columns), 8)}. Name it: "
             "timestamp_column=NAME."
         )
-    found_id = id_column or _usual(table, ID_COLUMNS)
+    found_id = id_column or usual(table, ID_COLUMNS)
     if found_id is None:
         found_id = "item_id"
         table = table.assign(item_id=path.name.split(".")[0])
@@ -96,29 +108,33 @@ def read_frame(
     }
 
 
+def _read_layout(path: Path, *, freq: str | None, **options: Any) -> Layout:
+    if path.name.lower().endswith((*JSON_SUFFIXES, ".tsf")):
+        _check_file(path)
+        reader = read_tsf if path.suffix.lower() == ".tsf" else read_json_lines
+        return reader(path, freq)
+    return long_table(read_table(path), path, freq=freq, **options)
+
+
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV or Parquet file as it is.
+    """A CSV or Parquet file as it is; a bare matrix with columns 0, 1, 2, ...
 
     Raises:
         DataError: there is none, or it cannot be read.
     """
+    _check_file(path)
+    try:
+        return pd.read_parquet(path) if path.suffix == ".parquet" else read_text(path)
+    except (ValueError, OSError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         nearby = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"There is no file {path}.{did_you_mean(path.name, nearby)}")
     if not path.name.lower().endswith(SUFFIXES):
         raise DataError(f"{path}: series are read from {', '.join(SUFFIXES)}.")
-    try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_csv(path)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def _usual(table: Any, names: Sequence[str]) -> str | None:
-    """The column that has one of these names, the first of them that there is."""
-    by_name = {str(column).lower(): str(column) for column in table.columns}
-    return next((by_name[name] for name in names if name in by_name), None)
 
 
 def _targets(
@@ -128,13 +144,13 @@ def _targets(
         return [given] if isinstance(given, str) else [str(name) for name in given]
     rest = [str(column) for column in table.columns if column not in taken]
     numbers = [name for name in rest if pd.api.types.is_numeric_dtype(table[name])]
-    usual = _usual(table[numbers], TARGET_COLUMNS)
-    if usual is None and len(numbers) != 1:
+    named = usual(table[numbers], TARGET_COLUMNS)
+    if named is None and len(numbers) != 1:
         raise DataError(
             f"{path}: which column is to be forecast? Name it: target=COLUMN, or several as target=[A,B]. "
             f"It has {listed(rest, 10) or 'none left'}."
         )
-    return [usual or numbers[0]]
+    return [named or numbers[0]]
 
 
 def read_set(

@@ -20,14 +20,17 @@ from domains.forecasting.backtest import backtest, judged
 from domains.forecasting.baselines import build_baseline
 from domains.forecasting.batches import Forecastable, Rows, patches_for
 from domains.forecasting.data import ForecastData
+from domains.forecasting.fev_tasks import METRICS
 from domains.forecasting.metrics import BASELINE, LEVELS, Judged, leaderboard, scores
 from domains.forecasting.pipeline.forecaster import Forecaster
+from domains.forecasting.weights import is_adapted, save_adapter
 from zoo.cli.console import console
 from zoo.registry import create_model
 from zoo.training.task import Task, new_model
 from zoo.weights.checkpoint import load_state, read_checkpoint
 
-COMPARED = ("MASE", "WQL", "SQL", "CRPS", "coverage")
+FEV_METRICS = ("test_error", *METRICS)
+COMPARED = ("test_error", "MASE", "WQL", "SQL", "CRPS", "coverage")
 SHOWN_BASELINES = {"seasonal_naive": BASELINE, "gaussian_seasonal_naive": "seasonal naive, normal"}
 
 Place = tuple[int, int, int | None]
@@ -64,9 +67,7 @@ class ForecastTask(Task):
 
     @staticmethod
     def prepare(facts: Mapping[str, Any], data: ForecastData) -> None:
-        """Weights that were trained on single rows are tested on single rows."""
-        if not facts.get("groups", True):
-            data.ungroup()
+        data.fit_to(facts)
 
     @classmethod
     def transfer(cls, path: Path, data: ForecastData) -> nn.Module:
@@ -112,7 +113,9 @@ class ForecastTask(Task):
         forecaster = Forecaster(cast(Any, self.model))
         for horizon, part in groupby(batch, key=lambda one: (one.which, one.horizon)):
             made = list(part)
-            quantiles, _ = forecaster.predict_quantiles([one.inputs for one in made], horizon[1], LEVELS)
+            quantiles, _ = forecaster.predict_quantiles(
+                [one.inputs for one in made], horizon[1], made[0].levels
+            )
             for one, forecast in zip(made, quantiles, strict=True):
                 self.forecasts[one.which, one.window, one.row] = forecast.numpy()
 
@@ -123,13 +126,26 @@ class ForecastTask(Task):
             dist.all_gather_object(parts, self.forecasts)
             self.forecasts = {place: forecast for part in parts for place, forecast in part.items()}
 
+    def on_test_end(self) -> None:
+        """After a training of LoRA updates alone, write them as the official program reads them."""
+        if not (self.trainer.is_global_zero and is_adapted(self.model)):
+            return
+        folder = Path(self.trainer.default_root_dir) / "adapter"
+        save_adapter(self.model, folder, base=str(self.cfg.finetune.get("official") or ""))
+        console.print(f"LoRA adapter for the official program: {folder}", highlight=False, soft_wrap=True)
+
     def judged(self, data: ForecastData) -> list[Judged]:
         """The forecasts of the test, set by set."""
-        found = []
-        for which, (series, windows) in enumerate(zip(data.tests, data.test_windows, strict=True)):
-            made = [self._forecast(which, i, len(series.targets)) for i in range(len(windows))]
-            found.append(judged(windows, made, season=series.season))
-        return found
+        deciles = [data.levels.index(level) for level in LEVELS]
+        return [
+            judged(windows, [made[..., deciles] for made in self._made(data, which)], season=series.season)
+            for which, (series, windows) in enumerate(zip(data.tests, data.test_windows, strict=True))
+        ]
+
+    def _made(self, data: ForecastData, which: int) -> list[np.ndarray]:
+        """The forecasts `[D, H, L]` of all windows of a set, at all levels of the data."""
+        rows = len(data.tests[which].targets)
+        return [self._forecast(which, i, rows) for i in range(len(data.test_windows[which]))]
 
     def _forecast(self, which: int, window: int, rows: int) -> np.ndarray:
         """`[D, H, L]`"""
@@ -140,6 +156,8 @@ class ForecastTask(Task):
 
     def results(self, data: ForecastData) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         names = list(dict.fromkeys([*SHOWN_BASELINES, *data.baselines]))
+        if data.fev:
+            return self._fev_results(data, names)
         sets = {}
         for series, windows, own in zip(data.tests, data.test_windows, self.judged(data), strict=True):
             measured = {self.name: scores(own)}
@@ -155,20 +173,56 @@ class ForecastTask(Task):
             }
         return {"data": data.name, "sets": sets, "leaderboards": _leaderboards(sets)}
 
+    def _fev_results(self, data: ForecastData, names: Sequence[str]) -> dict[str, Any]:
+        """As `results`, the errors those that fev finds, and its summaries as they are."""
+        sets, summaries = {}, []
+        for which, one in enumerate(data.fev):
+            made = {self.name: self._made(data, which)}
+            inputs = [window.inputs() for window in one.windows]
+            for name in names:
+                baseline = build_baseline(name, one.series.season)
+                made[SHOWN_BASELINES.get(name, name)] = baseline(inputs, one.series.horizon, data.levels)
+            found = {name: one.summary(forecasts, data.levels, name) for name, forecasts in made.items()}
+            summaries += found.values()
+            metrics = [name for name in FEV_METRICS if name in next(iter(found.values()))]
+            sets[one.series.name] = {
+                "series": len(one.series.items),
+                "forecasts": len(one.windows),
+                "horizon": one.series.horizon,
+                "season": one.series.season,
+                "errors": {
+                    name: _rounded({metric: summary[metric] for metric in metrics})
+                    for name, summary in found.items()
+                },
+            }
+        shared = [m for m in FEV_METRICS if all(m in f["errors"][self.name] for f in sets.values())]
+        return {
+            "data": data.name,
+            "sets": sets,
+            "leaderboards": _leaderboards(sets, shared),
+            "summaries": summaries,
+        }
+
     def report(self, results: dict[str, Any]) -> Sequence[RenderableType]:
         tables = [self._table(name, facts) for name, facts in results["sets"].items()]
+        if results["data"] == "fev":
+            tables += [_board(metric, board) for metric, board in results["leaderboards"].items()]
+            return tables
+        sets = "1 set" if len(results["sets"]) == 1 else f"{len(results['sets'])} sets"
         lines = [
             f"{metric}: skill score against {BASELINE} {100 * board['skill_score'][self.name]:.1f} %, "
-            f"win rate {100 * board['win_rate'][self.name]:.0f} % over {len(results['sets'])} sets."
+            f"win rate {100 * board['win_rate'][self.name]:.0f} % over {sets}."
             for metric, board in results["leaderboards"].items()
         ]
         return [*tables, *lines]
 
     def _table(self, name: str, facts: Mapping[str, Any]) -> Table:
+        shown = [metric for metric in COMPARED if metric in facts["errors"][self.name]]
+        judge = "WQL" if "WQL" in shown else shown[0]
         table = Table(
             "forecast",
-            *COMPARED,
-            f"WQL of {self.name}",
+            *shown,
+            f"{judge} of {self.name}",
             title=f"{name}: {facts['forecasts']} forecasts of {facts['horizon']} steps, "
             f"season {facts['season']}",
             title_justify="left",
@@ -176,8 +230,8 @@ class ForecastTask(Task):
         errors = facts["errors"]
         for other, values in errors.items():
             own = other == self.name
-            margin = "" if own else _lower(errors[self.name]["WQL"], values["WQL"])
-            cells = ["-" if values[m] is None else f"{values[m]:.4g}" for m in COMPARED]
+            margin = "" if own else _lower(errors[self.name][judge], values[judge])
+            cells = ["-" if values[m] is None else f"{values[m]:.4g}" for m in shown]
             table.add_row(other, *cells, margin, style="bold" if own else None)
         return table
 
@@ -192,10 +246,23 @@ def _rounded(errors: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(f"{value:.8g}") if np.isfinite(value) else None for name, value in errors.items()}
 
 
-def _leaderboards(sets: Mapping[str, Any]) -> dict[str, Any]:
+def _board(metric: str, board: Mapping[str, Any]) -> Table:
+    """Win rate and skill score of each forecaster over the tasks, with 95 % intervals."""
+    table = Table("forecast", "win rate %", "skill score %", title=f"{metric} over the tasks")
+    for name in board["win_rate"]:
+        cells = [
+            f"{100 * board[key][name]:.1f} ({100 * board[f'{key}_low'][name]:.0f} to "
+            f"{100 * board[f'{key}_high'][name]:.0f})"
+            for key in ("win_rate", "skill_score")
+        ]
+        table.add_row(name, *cells)
+    return table
+
+
+def _leaderboards(sets: Mapping[str, Any], metrics: Sequence[str] = ("WQL", "MASE")) -> dict[str, Any]:
     """Skill scores and win rates over the sets, by metric."""
     boards = {}
-    for metric in ("WQL", "MASE"):
+    for metric in metrics:
         errors = pd.DataFrame(
             {name: {m: v[metric] for m, v in facts["errors"].items()} for name, facts in sets.items()}
         ).T

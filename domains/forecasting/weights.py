@@ -182,6 +182,8 @@ def save_folder(model: Chronos2, path: str | Path) -> None:
         raise CheckpointError("The model has LoRA adapters: merge them, or write them with save_adapter.")
     if model.unseen != "uniform":
         raise CheckpointError(f"The official program has no unseen={model.unseen!r}.")
+    if model.attention is not None:
+        raise CheckpointError(f"The official program has no attention={model.attention!r}.")
     path = Path(path)
     save_tensors(state, path / WEIGHTS, {"format": "pt"})
     _write_json(path / CONFIG, official_config(model))
@@ -315,6 +317,12 @@ def _factor(config: Mapping[str, Any], module: str) -> float:
 def _of_module(config: Mapping[str, Any], pattern: str, module: str, default: float) -> float:
     given = config.get(pattern) or {}
     return next((value for name, value in given.items() if f".{module}".endswith(f".{name}")), default)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether LoRA updates, and nothing else, are trained."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return bool(trained) and all("lora_" in name for name in trained)
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, base: str = "") -> None:

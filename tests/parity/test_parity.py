@@ -11,7 +11,7 @@ import importlib.util
 
 import pytest
 
-from parity.fixture import EXTERNAL, Fixture, NoAdapter, fixtures
+from parity.fixture import EXTERNAL, Fixture, NoAdapter, equal, fixtures
 from zoo.attention import backend
 
 
@@ -37,12 +37,14 @@ def compare(fixture: Fixture) -> None:
     except NoAdapter as reason:
         pytest.skip(str(reason))
     expected = fixture.expected()
-    assert expected, "the fixture holds nothing to compare"
+    stated = {name: fixture.spec[name] for name in facts if name in fixture.spec}
+    assert expected or stated, "the fixture holds nothing to compare"
     absent = [f"{name}: not computed" for name in expected if name not in computed]
     wrong = [fixture.check(name, computed[name]) for name in expected if name in computed]
-    stated = {name: fixture.spec[name] for name in facts if name in fixture.spec}
     wrong += [
-        f"{name}: {facts[name]}, expected {value}" for name, value in stated.items() if facts[name] != value
+        f"{name}: {facts[name]}, expected {value}"
+        for name, value in stated.items()
+        if not equal(facts[name], value)
     ]
     problems = absent + [line for line in wrong if line]
     assert not problems, "\n".join(problems)

@@ -13,13 +13,30 @@ from zoo.paths import config_dir
 from zoo.registry import create_model, get_domain, model_signature
 
 MODELS = sorted(f.stem for f in (config_dir() / "model").glob("*.yaml"))
-DOMAINS = sorted(f.stem for f in (config_dir() / "domain").glob("*.yaml"))
+_FOLDER = config_dir() / "domain"
+DOMAINS = sorted(f.relative_to(_FOLDER).with_suffix("").as_posix() for f in _FOLDER.rglob("*.yaml"))
 DATA = sorted(f.stem for f in (config_dir() / "data").glob("*.yaml"))
 
 
 def test_the_domain_brings_its_default_model_and_data() -> None:
     config = compose("train", ["domain=traffic"])
     assert (config.model.name, config.data.name) == ("gman", "simulated")
+
+
+def test_a_model_for_another_problem_brings_the_data_and_the_recipe_of_that() -> None:
+    config = compose("train", ["domain=forecasting", "model=miga"])
+    assert (config.domain.name, config.model.name) == ("forecasting", "miga")
+    assert (config.data.name, config.data.top, config.optimizer.name) == ("simulated", 0.1, "adamw")
+    assert compose("train", ["domain=forecasting/ranking"]) == config
+    bare = compose("train", ["domain=forecasting", "model=gru_ranker", "model.hidden=8", "data.cost=0.01"])
+    assert (bare.model.hidden, bare.data.cost, bare.data.name) == (8, 0.01, "simulated")
+
+
+def test_data_and_model_that_are_named_win_over_those_of_the_problem() -> None:
+    config = compose("train", ["domain=forecasting", "model=miga", "data=price_panel", "data.path=x.csv"])
+    assert (config.model.name, config.data.path) == ("miga", "x.csv")
+    other = compose("train", ["domain=forecasting/ranking", "model=chronos2_mini"])
+    assert (other.model.name, other.data.name) == ("chronos2_mini", "synthetic")
 
 
 def test_the_command_line_wins_over_the_domain() -> None:
@@ -32,7 +49,8 @@ def test_every_model_config_builds_its_model(name: str) -> None:
     config = compose("train", ["domain=traffic", f"model={name}"])
     arguments = {k: v for k, v in OmegaConf.to_container(config.model).items() if k != "name"}
     assert set(arguments) <= set(model_signature(config.model.name))
-    sizes = {"num_nodes": 10} if "num_nodes" in model_signature(config.model.name) else {}
+    needed = {"num_nodes": 10, "num_features": 5}
+    sizes = {key: size for key, size in needed.items() if key in model_signature(config.model.name)}
     assert sum(p.numel() for p in create_model(config.model.name, **arguments, **sizes).parameters()) > 0
 
 
@@ -96,6 +114,8 @@ def test_a_verb_that_starts_from_nothing_asks_for_the_domain(verb: str) -> None:
         ("data.history=1.5", "whole number"),
         ("data.batch_size=true", "whole number"),
         ("max epochs", "key=value"),
+        ("domain=forecasting model=miga data.windw=5", "data.window"),
+        ("domain=forecasting/rankin", "forecasting/ranking"),
         ("seed=1,2", "several values"),
     ],
 )

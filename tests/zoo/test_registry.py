@@ -89,6 +89,20 @@ def test_a_domain_loads_its_parts_by_name(zebra: str) -> None:
         get_domain("zebra").load("predict")
 
 
+def test_a_model_for_another_problem_of_its_domain_has_data_and_task_of_its_own(zebra: str) -> None:
+    get_domain(zebra)
+    registry.register_domain(Domain("zebra/gait", "how they walk", task="pathlib:Path"))
+    registry._MODELS["trotter"] = dataclasses.replace(
+        registry._MODELS["zebra_net"], card=dataclasses.replace(model_card("zebra_net"), problem="gait")
+    )
+    assert get_domain("zebra", "trotter").load("task") is Path
+    assert get_domain("zebra", "trotter") is get_domain("zebra/gait")
+    assert get_domain("zebra/gait", "zebra_net") is get_domain("zebra", "gman") is get_domain("zebra")
+    assert "zebra/gait" not in list_domains()
+    with pytest.raises(UnknownName, match="registers no domain 'zebra/canter'"):
+        get_domain("zebra/canter")
+
+
 def test_an_unknown_domain_names_the_nearest(zebra: str) -> None:
     with pytest.raises(UnknownName, match=r"no domain 'zebr'. Did you mean 'zebra'"):
         get_domain("zebr")

@@ -25,7 +25,7 @@ class Job:
     peer_result: Callable[[], Tensor]
 
 
-def compare(job: Job, *, tolerance: float = 1e-4, repeats: int, device: torch.device) -> Row:
+def compare(job: Job, *, tolerance: float = 1e-4, repeats: int, warmup: int = 1, device: torch.device) -> Row:
     """Check that both compute the same, to `tolerance` of the largest value, then measure.
 
     Raises:
@@ -38,7 +38,8 @@ def compare(job: Job, *, tolerance: float = 1e-4, repeats: int, device: torch.de
             "their times cannot be compared."
         )
     ours_bytes, peer_bytes = peak_memory(job.ours, device), peak_memory(job.peer, device)
-    timings = interleave({"ours": job.ours, "peer": job.peer}, repeats=repeats, device=device)
+    calls = {"ours": job.ours, "peer": job.peer}
+    timings = interleave(calls, repeats=repeats, warmup=warmup, device=device)
     return Row(job.name, timings["ours"], timings["peer"], ours_bytes, peer_bytes, difference)
 
 

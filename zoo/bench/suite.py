@@ -15,7 +15,7 @@ from rich.console import RenderableType
 
 from zoo.bench.compare import Job, compare, scaling
 from zoo.bench.machine import chosen_device, machine
-from zoo.bench.report import Report
+from zoo.bench.report import Report, Row
 from zoo.bench.timing import Call, pinned
 from zoo.errors import ConfigError, UnknownName, did_you_mean
 from zoo.registry import load_object
@@ -24,6 +24,7 @@ SUITES = {
     "primitives": "zoo.bench.attention:SUITE",
     "vision": "domains.vision.bench:SUITE",
     "forecasting": "domains.forecasting.bench:SUITE",
+    "superres": "domains.superres.bench:SUITE",
     "image_attention": "domains.vision.compare:run",
 }
 """Each a `Suite`, or a function from the config and the device to what is shown and written."""
@@ -44,6 +45,8 @@ class Case:
     """What one call works on, such as images, for the throughput."""
     device: str | None = None
     """The kind of device that it is for; None = any."""
+    rounds: int | None = None
+    """At most so many rounds count on a CPU, and none goes before them, where a call takes long there."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def run_suite(cfg: DictConfig) -> Result:
         repeats = 1 if cfg.quick else cfg.repeats
         rows = tuple(
             dataclasses.replace(
-                compare(case.build(device), tolerance=case.tolerance, repeats=repeats, device=device),
+                compared(case, repeats, device),
                 name=case.name,
                 target=case.target,
                 items=case.items,
@@ -136,3 +139,15 @@ def run_suite(cfg: DictConfig) -> Result:
         )
     settings = {key: cfg[key] for key in ("suite", "only", "quick", "repeats")}
     return Report(f"suite {cfg.suite}", settings, machine(device), rows, curves)
+
+
+def compared(case: Case, repeats: int, device: torch.device) -> Row:
+    """The case on a device, in as many rounds as it and `repeats` allow."""
+    long = case.rounds is not None and device.type == "cpu"
+    return compare(
+        case.build(device),
+        tolerance=case.tolerance,
+        repeats=min(repeats, case.rounds or repeats) if long else repeats,
+        warmup=0 if long else 1,
+        device=device,
+    )

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from zoo.bench.suite import SUITES, run_suite
 from zoo.cli.console import console
 from zoo.config import compose
-from zoo.registry import get_domain
+from zoo.registry import Domain, get_domain
 
 app = typer.Typer()
 
@@ -44,11 +44,15 @@ def bench(
     if cfg:
         console.print(OmegaConf.to_yaml(config), highlight=False)
         return
-    report = run_suite(config) if of_suite else get_domain(config.domain.name).load("bench")(config)
+    report = run_suite(config) if of_suite else _domain(config).load("bench")(config)
     console.print(report)
     path = Path(config.output or f"runs/bench-{config.suite if of_suite else config.model.name}.json")
     report.write(path)
     console.print(f"Every round and the machine: {path}", soft_wrap=True)
+
+
+def _domain(config: DictConfig) -> Domain:
+    return get_domain(config.domain.name, config.model.name)
 
 
 def _of_domain(override: str) -> str:

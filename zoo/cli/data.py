@@ -34,6 +34,8 @@ def data() -> None:
       zoo data info metr-la.h5
 
       zoo data convert metr-la.h5 metr-la.parquet
+
+      zoo data degrade originals small scale=4
     """
 
 
@@ -41,7 +43,7 @@ def data() -> None:
 def make(
     domain: Annotated[str, typer.Argument(help="the domain whose embedded data to make")],
     output: Annotated[Path | None, typer.Option(help="folder for the files; the cache without one")] = None,
-    weeks: Annotated[int, typer.Option(help="length of the simulation")] = 4,
+    weeks: Annotated[int | None, typer.Option(help="length of the simulation")] = None,
     seed: Annotated[int, typer.Option(help="another seed is another set of roads and days")] = 0,
 ) -> None:
     """Simulate the embedded data of a domain and print where the files are.
@@ -51,8 +53,11 @@ def make(
       zoo data make traffic
 
       zoo data make traffic --output my-data --weeks 8 --seed 1
+
+      zoo data make forecasting/ranking --output my-data
     """
-    for path in get_domain(domain).load("data").make(output, weeks=weeks, seed=seed):
+    length = {} if weeks is None else {"weeks": weeks}
+    for path in get_domain(domain).load("data").make(output, seed=seed, **length):
         console.print(str(path), soft_wrap=True, highlight=False)
 
 
@@ -89,6 +94,22 @@ def convert(source: Path, target: Path, options: Options = None, domain: DomainN
     """
     get_domain(domain).load("data").convert(source, target, **_parse(options))
     console.print(str(target), soft_wrap=True, highlight=False)
+
+
+@data_app.command()
+def degrade(source: Path, target: Path, options: Options = None, domain: DomainName = "superres") -> None:
+    """Make the low-resolution pictures of a folder by MATLAB's bicubic rule, as those of the benchmarks.
+
+    Writes TARGET/X2/NAMEx2.png and so on; options: scale=4 or scale=[2,3], name={stem}.
+
+    Examples:
+
+      zoo data degrade DIV2K_train_HR DIV2K_train_LR_bicubic
+
+      zoo data degrade photo.png small scale=4
+    """
+    for path in get_domain(domain).load("data").degrade(source, target, **_parse(options)):
+        console.print(str(path), soft_wrap=True, highlight=False)
 
 
 def _parse(options: list[str] | None) -> dict[str, Any]:

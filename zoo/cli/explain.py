@@ -28,10 +28,8 @@ def explain(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
     if cfg:
         console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
         return
-    from zoo.registry import get_domain
-    from zoo.training.run import load_trained
+    from zoo.training.run import domain_for, load_trained
 
     model, facts = load_trained(config, "explain")
-    domain = get_domain(model.zoo_config["domain"])  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
-    for path in domain.load("explain")(model, facts, config):
+    for path in domain_for(model).load("explain")(model, facts, config):
         console.print(str(path), highlight=False, soft_wrap=True)

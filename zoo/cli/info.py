@@ -48,6 +48,7 @@ def _facts(card: ModelCard) -> Table:
     flops = count_flops(card.name)
     rows = {
         "summary": card.summary,
+        "problem": card.problem,
         "paper": card.paper,
         "official code": card.source,
         "licence of it": licence_text(card.licence),

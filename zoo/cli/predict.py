@@ -17,7 +17,7 @@ WEIGHTS = ("run", "checkpoint", "model")
 
 @app.command()
 def predict(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
-    """Predict with trained weights: forecasts from recent readings, labels of images.
+    """Predict with trained weights: forecasts from recent readings, labels of images, larger pictures.
 
     The model comes from the weights alone; for official weights, from its name. What else may be set depends
     on its domain: add --cfg to see it.
@@ -33,17 +33,17 @@ def predict(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
       zoo predict model=chronos2 checkpoint=DIR data=sales.csv horizon=24 target=sales known=[price]
 
       zoo predict model=biformer_tiny checkpoint=official.pth input=photo.jpg classes=imagenet.txt
+
+      zoo predict domain=superres model=catanet_x4 checkpoint=x4.pth input=photos output=large
     """
     config = _config(overrides or [])
     if cfg:
         console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
         return
-    from zoo.registry import get_domain
-    from zoo.training.run import load_trained
+    from zoo.training.run import domain_for, load_trained
 
     model, facts = load_trained(config, "predict")
-    domain = get_domain(model.zoo_config["domain"])  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
-    for path in domain.load("predict")(model, facts, config):
+    for path in domain_for(model).load("predict")(model, facts, config):
         console.print(str(path), highlight=False, soft_wrap=True)
 
 
@@ -61,9 +61,10 @@ def _config(overrides: list[str]) -> DictConfig:
     from zoo.training.run import domain_of
 
     domain = domain_of(compose("predict", named), "predict")
-    if wanted and domain and wanted != domain:
+    if wanted and domain and wanted not in (domain, domain.partition("/")[0]):
         raise ConfigError(f"These weights are for domain={domain}, not for domain={wanted}.")
-    return compose("predict", [f"predict={domain}", *overrides] if domain else overrides)
+    chosen = domain or wanted
+    return compose("predict", [f"predict={chosen}", *overrides] if chosen else overrides)
 
 
 def _without_domain(overrides: list[str]) -> tuple[list[str], str]:

@@ -28,6 +28,8 @@ def train(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
 
       zoo train domain=vision
 
+      zoo train domain=superres
+
       zoo train domain=vision model=efficientvit_m0 data=imagefolder data.path=photos aug=imagenet
 
       zoo train domain=traffic trainer.devices=2 trainer.strategy=ddp ema.decay=0.999

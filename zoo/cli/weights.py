@@ -12,7 +12,7 @@ from rich.table import Table
 from zoo.cli.console import console
 from zoo.cli.info import licence_text
 from zoo.errors import CheckpointError, ConfigError, did_you_mean
-from zoo.registry import list_models, load_official, to_official
+from zoo.registry import list_models, load_official, official_wrapper, to_official
 from zoo.weights.cards import WeightCard, list_cards, weight_card
 from zoo.weights.checkpoint import load_model, save_model, save_state_dict
 from zoo.weights.download import check_file, fetch
@@ -168,7 +168,7 @@ def _convert_to_official(source: str, output: str | None, given: dict[str, Any])
         raise ConfigError("Name the official file: output=FILE.safetensors, .npz or .pth.")
     model, _ = load_model(source)
     tensors = to_official(model)
-    save_state_dict(tensors, output)
+    save_state_dict(tensors, output, official_wrapper(model))
     console.print(f"{output}: {len(tensors)} tensors in the official layout", soft_wrap=True)
 
 

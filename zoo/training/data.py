@@ -209,6 +209,11 @@ class DataModule(pl.LightningDataModule):
         """Write data in another format, for `zoo data convert`; a ConfigError in a domain with one format."""
         raise ConfigError("This domain does not convert data files.")
 
+    @staticmethod
+    def degrade(source: Path, target: Path, **options: Any) -> list[Path]:
+        """Write pictures of low resolution, for `zoo data degrade`; a ConfigError in a domain without."""
+        raise ConfigError("The data of this domain have no rule of degradation.")
+
     def size(self, split: str) -> int:
         """Number of samples of `split`, which is "train", "val" or "test"."""
         return len(cast(Sized, getattr(self, f"{split}_set")))

@@ -15,17 +15,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from zoo.errors import ConfigError, did_you_mean
+from zoo.training.muon import Muon
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     cls.__name__.lower(): cls
     for cls in vars(torch.optim).values()
     if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls not in (Optimizer, torch.optim.LBFGS)
-}
+} | {"muon": Muon}
 COMMON = ("betas", "eps")  # in the default config, not known to every optimiser
 
 
 def build_optimizer(model: nn.Module, *, name: str, layer_decay: float = 1.0, **options: Any) -> Optimizer:
-    """The optimiser `name` of `torch.optim` over the trainable parameters of `model`.
+    """The optimiser `name` over the trainable parameters of `model`: a class of `torch.optim`, or `muon`.
+
+    Of `zoo.training.muon.Muon`, the weights of linear layers in lists of blocks (`nn.ModuleList`) are the
+    matrices; first and last layers, embeddings, biases and norms are not.
 
     Args:
         model: its tensors of at most one dimension, and those that its optional `no_weight_decay()` names
@@ -51,6 +55,8 @@ def build_optimizer(model: nn.Module, *, name: str, layer_decay: float = 1.0, **
     groups = parameter_groups(model, lr=options["lr"], weight_decay=weight_decay, layer_decay=layer_decay)
     if not groups:
         raise ConfigError("The model has no trainable parameter; see finetune.freeze.")
+    if name == "muon":
+        groups = _apart(groups, _matrices(model))
     return OPTIMIZERS[name](groups, **options)
 
 
@@ -69,6 +75,23 @@ def parameter_groups(
         {"params": parameters, "lr": lr * layer_decay**depth, "weight_decay": weight_decay if decays else 0.0}
         for (depth, decays), parameters in groups.items()
     ]
+
+
+def _matrices(model: nn.Module) -> set[nn.Parameter]:
+    """The weights of linear layers in lists of blocks."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    linear = (m for blocks in lists for m in blocks.modules() if isinstance(m, nn.Linear))
+    return {cast(nn.Parameter, layer.weight) for layer in linear}
+
+
+def _apart(groups: Iterable[dict[str, Any]], matrices: set[nn.Parameter]) -> list[dict[str, Any]]:
+    """Each group in two: `matrices`, and the others."""
+    parts = [
+        group | {"params": [p for p in group["params"] if (p in matrices) == which], "matrices": which}
+        for group in groups
+        for which in (True, False)
+    ]
+    return [part for part in parts if part["params"]]
 
 
 def _layers_below(model: nn.Module) -> Mapping[str, int]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -28,14 +29,14 @@ from zoo import config as zoo_config
 from zoo.cli.console import console, errors
 from zoo.errors import CheckpointError, ConfigError, ZooError, did_you_mean
 from zoo.files import atomic_write
-from zoo.registry import Domain, create_model, from_official, get_domain, model_card
+from zoo.registry import Domain, create_model, detect_model, from_official, get_domain, model_card
 from zoo.training.callbacks import Checkpoints, MetricsTable, Patience, ProgressLine, RandomState, StopAtStep
 from zoo.training.checkpoint_io import AtomicCheckpointIO
 from zoo.training.data import DataModule
 from zoo.training.ema import EMA
 from zoo.training.finetune import adapt, merge_lora
 from zoo.training.task import Task
-from zoo.weights.checkpoint import load_model, read_checkpoint, save_model
+from zoo.weights.checkpoint import load_model, read_checkpoint, read_state_dict, save_model
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def finetune(cfg: DictConfig) -> RunResult | None:
     chosen = {
         "model": {"name": built["name"], **built["config"]},
         "domain": {"name": built["domain"]},
-        "data": get_domain(built["domain"]).load("task").data_options(meta["extra"], cfg.data),
+        "data": _domain_of(built).load("task").data_options(meta["extra"], cfg.data),
     }
     return train(cast(DictConfig, OmegaConf.merge(cfg, chosen)))
 
@@ -128,6 +129,7 @@ def _convert_official(cfg: DictConfig) -> None:
     if not cfg.run_dir:
         named = OmegaConf.create({"domain": {"name": built["domain"]}, "model": {"name": built["name"]}})
         cfg.run_dir = str(_new_folder(named))
+    cfg.finetune.official = file
     cfg.finetune.checkpoint = str(Path(cfg.run_dir) / "start.safetensors")
     save_model(model, cfg.finetune.checkpoint, extra=facts)
 
@@ -178,7 +180,7 @@ def resumed_config(run: str | Path, overrides: list[str]) -> DictConfig:
 
 def _checkpoints(cfg: DictConfig, folder: Path) -> Checkpoints:
     """By the task's own metric where the config names none; another is minimised unless the config says."""
-    task = get_domain(cfg.domain.name).load("task")
+    task = get_domain(cfg.domain.name, cfg.model.name).load("task")
     options = {key: value for key, value in cfg.checkpointing.items() if value is not None}
     monitor = options.setdefault("monitor", task.monitor)
     options.setdefault("mode", task.mode if monitor == task.monitor else "min")
@@ -186,10 +188,10 @@ def _checkpoints(cfg: DictConfig, folder: Path) -> Checkpoints:
 
 
 def _build(cfg: DictConfig, resumed: Path | None) -> tuple[DataModule, Task]:
-    domain = get_domain(cfg.domain.name)
     trained = model_card(cfg.model.name, count=False).domain
-    if trained != domain.name:
-        raise ConfigError(f"The model {cfg.model.name} is for domain={trained}, not {domain.name}.")
+    if trained != cfg.domain.name:
+        raise ConfigError(f"The model {cfg.model.name} is for domain={trained}, not {cfg.domain.name}.")
+    domain = get_domain(cfg.domain.name, cfg.model.name)
     data = _data(domain, {"seed": cfg.seed} | dict(cfg.data))
     data.setup("fit")
     task_class = domain.load("task")
@@ -290,7 +292,7 @@ def evaluate(cfg: DictConfig) -> RunResult | None:
     _quiet()
     model, facts = load_trained(cfg, "evaluate")
     stored = _stored_config(Path(cfg.run)) if cfg.run else OmegaConf.create({})
-    domain = get_domain(model.zoo_config["domain"])  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
+    domain = domain_for(model)
     settings = cfg.get("data") or stored.get("data")
     if not settings:
         raise ConfigError(
@@ -317,31 +319,60 @@ def load_trained(cfg: DictConfig, verb: str) -> tuple[nn.Module, dict[str, Any]]
 
     Args:
         cfg: `run=RUN`; or `checkpoint=FILE`; or `model=NAME` with an official `checkpoint=FILE`, or without,
-            for its published weights.
+            for its published weights. The name may be left out where the tensors of the file tell it.
 
     Raises:
         ConfigError: none of these is given, or both of run and checkpoint.
         CheckpointError: the weights cannot be read, or do not belong to the model.
     """
     _check_named_once(cfg, verb)
-    if cfg.run:
-        return load_model(weights_of(cfg.run))
-    if not cfg.model or (cfg.checkpoint and _told_by(cfg.checkpoint)):
-        return load_model(cfg.checkpoint)
-    if cfg.checkpoint:
-        model = from_official(cfg.model, cfg.checkpoint)
+    facts: dict[str, Any] = {}
+    if cfg.run or (cfg.checkpoint and _told_by(cfg.checkpoint)):
+        model, facts = load_model(weights_of(cfg.run) if cfg.run else cfg.checkpoint)
+        _check_name(cfg, cast(Any, model.zoo_config)["name"])
+    elif cfg.checkpoint:
+        found = _detected(cfg.checkpoint)
+        _check_name(cfg, found)
+        name = cfg.model or found
+        model = from_official(name, cfg.checkpoint) if name else load_model(cfg.checkpoint)[0]
     else:
         model = create_model(cfg.model, pretrained=True).eval()
-    built: Any = model.zoo_config
-    return model, get_domain(built["domain"]).load("task").facts_of(model)
+    return model, facts or domain_for(model).load("task").facts_of(model)
+
+
+def _detected(path: str | Path) -> str | None:
+    """The model of an official file, as far as its tensors tell."""
+    return None if Path(path).is_dir() else detect_model(read_state_dict(path))
+
+
+def _check_name(cfg: DictConfig, found: str | None) -> None:
+    """A CheckpointError where the weights are those of another model than the one named."""
+    if cfg.model and found and cfg.model.rpartition("/")[2] != found:
+        raise CheckpointError(
+            f"{cfg.checkpoint} holds the weights of {found}, not of {cfg.model}: take model={found}."
+        )
+
+
+def domain_for(model: nn.Module) -> Domain:
+    """What serves a model of the zoo."""
+    return _domain_of(cast(Any, model.zoo_config))
+
+
+def _domain_of(built: Mapping[str, Any]) -> Domain:
+    return get_domain(built["domain"], built["name"])
 
 
 def domain_of(cfg: DictConfig, verb: str) -> str | None:
-    """The domain of the weights that `load_trained` would take, as far as it can be told."""
+    """The domain, with the problem if that is not its own (`forecasting/ranking`), of the weights that
+    `load_trained` would take, as far as it can be told.
+    """
     _check_named_once(cfg, verb)
     path = weights_of(cfg.run) if cfg.run else cfg.checkpoint
     meta = _told_by(path) if path else {}
-    return meta["model"]["domain"] if meta else cfg.model and model_card(cfg.model, count=False).domain
+    if meta:
+        return _domain_of(meta["model"]).name
+    name = cfg.model or (path and _detected(path))
+    return get_domain(model_card(name, count=False).domain, name).name if name else None
 
 
 def _check_named_once(cfg: DictConfig, verb: str) -> None:

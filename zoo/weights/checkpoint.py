@@ -66,8 +66,11 @@ def save_tensors(
         file.write(content)
 
 
-def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path, wrapper: str | None = None) -> None:
     """Write named tensors for another program: `.safetensors`, `.npz`, `.pth` or `.pt`; whole or not at all.
+
+    Args:
+        wrapper: key under which a PyTorch file holds them; None: it holds nothing else.
 
     Raises:
         CheckpointError: another suffix.
@@ -81,8 +84,9 @@ def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path) -> None:
             arrays: dict[str, Any] = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
             np.savez(file, **arrays)
     elif suffix in (".pth", ".pt"):
+        plain: dict[str, Any] = {name: value.detach().cpu().clone() for name, value in tensors.items()}
         with atomic_write(path) as file:
-            torch.save({name: value.detach().cpu().clone() for name, value in tensors.items()}, file)
+            torch.save({wrapper: plain} if wrapper else plain, file)
     else:
         raise CheckpointError(
             f"{path}: cannot write {suffix or 'a file without suffix'}; use .safetensors, .npz or .pth."

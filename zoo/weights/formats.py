@@ -18,8 +18,9 @@ from torch import Tensor
 from zoo.errors import CheckpointError, did_you_mean
 from zoo.weights import tf_checkpoint
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Keys under which training programs store the state dict beside the optimiser and the epoch."""
+WRAPPERS = ("state_dict", "model_state_dict", "model", "params_ema", "params")
+"""Keys under which training programs store the state dict beside the optimiser and the epoch; of averaged and
+plain weights (BasicSR) the averaged ones are read."""
 PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before every name."""
 

@@ -30,6 +30,9 @@ class OfficialLayout:
     """Children of the model that the official program does not have, e.g. another pool. They start anew from
     official files, and keep our names where the model is written in the official layout."""
 
+    wrapper: ClassVar[str | None] = None
+    """Key under which PyTorch files of the official program hold the state dict, e.g. BasicSR's `params`."""
+
     @staticmethod
     def canonical(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The file under the official names and shapes of today, where other published ones exist."""

@@ -9,10 +9,10 @@ channels. Tokens are `(S, B, D)` inside: attention over time and over rows are t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from domains.forecasting.models.encoder import ACTIVATIONS, Attention, Block, Encoder, ResidualBlock, RMSNorm
 from domains.forecasting.models.folded import FoldedEncoder
 from domains.forecasting.models.groups import RowGroups
+from domains.forecasting.models.outputs import Chronos2Output, Embedded, Encoding
 from domains.forecasting.models.patches import (
     denormalise,
     location_and_scale,
@@ -31,49 +32,11 @@ from domains.forecasting.models.patches import (
 from domains.forecasting.weights import Chronos2Official
 from zoo.attention import rotary_tables
 from zoo.attention.capture import recorder
+from zoo.attention.layers import AttentionLayer
 from zoo.errors import ConfigError, DataError, did_you_mean
 from zoo.registry import register_model
 
 QUANTILES = (0.01, *(round(0.05 * i, 2) for i in range(1, 20)), 0.99)
-
-
-class Chronos2Output(NamedTuple):
-    """What a forward pass gives."""
-
-    quantiles: Tensor
-    """`(B, Q, n P)` in the units of the series; neighbouring quantiles may cross."""
-    loss: Tensor | None
-    """Scalar, where targets were given."""
-    normalised: Tensor
-    """`(B, Q, n P)` in the scale of the context: `asinh((y - loc) / scale)`."""
-    loc: Tensor
-    """`(B, 1)`"""
-    scale: Tensor
-    """`(B, 1)`"""
-
-
-class Encoding(NamedTuple):
-    """The tokens of history, register and future after the last block."""
-
-    tokens: Tensor
-    """`(B, S, D)`"""
-    loc: Tensor
-    """`(B, 1)`"""
-    scale: Tensor
-    """`(B, 1)`"""
-
-
-class Embedded(NamedTuple):
-    """What enters the encoder."""
-
-    tokens: Tensor
-    """`(S, B, D)`"""
-    seen: Tensor
-    """Bool `(S, B)`: tokens that hold an observation, and all of the register and the future."""
-    loc: Tensor
-    scale: Tensor
-    known: Tensor | None
-    """`(B, n P)`, 1 where a future covariate is known."""
 
 
 class Chronos2(nn.Module):
@@ -102,6 +65,8 @@ class Chronos2(nn.Module):
         unseen: what a row gets at a token that no row of its group may show (a patch missing in all of them):
             `uniform`, as published, the mean over all rows of the batch, other groups included; `zero`.
             Forecasts do not depend on it, only the embeddings of these tokens.
+        attention: another layer over time, of those in `zoo list attention` that see both ways and take
+            padded rows: its name, or a mapping with name and arguments. None: as published.
     """
 
     def __init__(
@@ -126,6 +91,7 @@ class Chronos2(nn.Module):
         use_arcsinh: bool = True,
         use_reg_token: bool = True,
         unseen: Literal["uniform", "zero"] = "uniform",
+        attention: str | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_options(activation, quantiles, unseen, d_kv, num_layers, context_length, patch_size)
@@ -143,12 +109,13 @@ class Chronos2(nn.Module):
         self.use_arcsinh = use_arcsinh
         self.use_reg_token = use_reg_token
         self.unseen = unseen
+        self.attention = attention
         self._folded: FoldedEncoder | None = None  # in use
         self._kept: FoldedEncoder | None = None  # for the next use
         self.shared = nn.Embedding(2 if use_reg_token else 1, d_model)
         self.input_patch_embedding = ResidualBlock(3 * patch_size, d_ff, d_model, activation, dropout_rate)
         sizes = (d_model, d_kv, num_heads, d_ff, activation, dropout_rate, layer_norm_epsilon)
-        blocks = [Block(*sizes) for _ in range(num_layers)]
+        blocks = [Block(*sizes, attention=attention) for _ in range(num_layers)]
         self.encoder = Encoder(blocks, d_model, dropout_rate, layer_norm_epsilon)
         out = len(self.quantiles) * patch_size
         self.output_patch_embedding = ResidualBlock(d_model, d_ff, out, activation, dropout_rate)
@@ -163,10 +130,17 @@ class Chronos2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights; queries get smaller ones, as attention has no scale."""
+        """Draw all weights; queries get smaller ones, as attention has no scale. Other layers over time keep
+        theirs.
+        """
         factor = self.initializer_factor
         nn.init.normal_(self.shared.weight, std=factor)
+        kept = {
+            id(m) for layer in self.modules() if isinstance(layer, AttentionLayer) for m in layer.modules()
+        }
         for module in self.modules():
+            if id(module) in kept:
+                continue
             if isinstance(module, RMSNorm):
                 nn.init.constant_(module.weight, factor)
             elif isinstance(module, nn.Linear):
@@ -186,13 +160,20 @@ class Chronos2(nn.Module):
         future: Tensor | None,
         future_mask: Tensor | None,
         num_output_patches: int,
+        *,
+        drop_unseen: bool = False,
     ) -> Embedded:
-        """The tokens of checked inputs, as `forward` takes them."""
+        """The tokens of checked inputs, as `forward` takes them.
+
+        Args:
+            drop_unseen: leave out the first patches, as far as no row has a value in them.
+        """
         context = context[:, -self.context_length :]
         observed = (~context.isnan()).float() if context_mask is None else context_mask.float()
         observed = observed[:, -self.context_length :]
         loc, scale = location_and_scale(context)
-        past, seen = self._past_tokens(normalise(context, loc, scale, arcsinh=self.use_arcsinh), observed)
+        z = normalise(context, loc, scale, arcsinh=self.use_arcsinh)
+        past, seen = self._past_tokens(z, observed, drop_unseen)
         if future is not None:
             future = normalise(future, loc, scale, arcsinh=self.use_arcsinh)
         ahead, known = self._future_tokens(future, future_mask, num_output_patches)
@@ -203,14 +184,18 @@ class Chronos2(nn.Module):
         always = seen.new_ones((sum(map(len, parts[1:])), rows))
         return Embedded(torch.cat(parts), torch.cat([seen, always]), loc, scale, known)
 
-    def _past_tokens(self, z: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    def _past_tokens(self, z: Tensor, observed: Tensor, drop_unseen: bool) -> tuple[Tensor, Tensor]:
         """Tokens `(N, B, D)` of values and their mask `(B, T)`, and bool `(N, B)` whether they hold any."""
         size, stride = self.patch_size, self.patch_stride
         mask = patches(observed, size, stride, fill=0.0)
-        values = torch.where(mask > 0, patches(z, size, stride, fill=torch.nan), 0.0)
+        seen = mask.sum(-1) > 0
+        start = int(seen[:, :-1].any(0).int().cumsum(0).eq(0).sum()) if drop_unseen else 0
         count = mask.shape[1]
         time = torch.arange(-count * size, 0, device=z.device).view(count, 1, size) / self.time_encoding_scale
-        return self._patch_tokens(time, values.transpose(0, 1), mask.transpose(0, 1)), mask.sum(-1).T > 0
+        mask = mask[:, start:]
+        values = torch.where(mask > 0, patches(z, size, stride, fill=torch.nan)[:, start:], 0.0)
+        tokens = self._patch_tokens(time[start:], values.transpose(0, 1), mask.transpose(0, 1))
+        return tokens, seen[:, start:].T
 
     def _future_tokens(
         self, z: Tensor | None, mask: Tensor | None, count: int
@@ -288,7 +273,12 @@ class Chronos2(nn.Module):
         self._check(context, context_mask, future_covariates, future_covariates_mask, num_output_patches)
         self._check_future("future_target", future_target, future_target_mask, context, num_output_patches)
         embedded = self.embed(
-            context, context_mask, future_covariates, future_covariates_mask, num_output_patches
+            context,
+            context_mask,
+            future_covariates,
+            future_covariates_mask,
+            num_output_patches,
+            drop_unseen=self._drops_unseen(),
         )
         groups = _groups(group_ids, context)
         tokens = self._encoded(embedded, groups, num_output_patches)[-num_output_patches:]
@@ -331,6 +321,10 @@ class Chronos2(nn.Module):
             yield
         finally:
             self._folded = None
+
+    def _drops_unseen(self) -> bool:
+        """Whether first patches without a value may be left out: only distances in time count."""
+        return self.attention is None and not torch.compiler.is_compiling() and recorder() is None
 
     def _can_fold(self) -> bool:
         plain = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()

@@ -6,8 +6,9 @@ so that attention over time and over rows are both views of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from domains.forecasting.models.groups import RowGroups, attend_rows, can_skip_weights, values_alone
 from zoo.attention import Padding, attend, rotary
+from zoo.attention.layers import create_attention
+from zoo.errors import ConfigError
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -94,6 +97,24 @@ class TimeAttention(Attention):
         return self.o(out.permute(2, 0, 1, 3).flatten(2))
 
 
+class OtherTimeAttention(nn.Module):
+    """Any layer of the core that sees both ways and takes padded rows, in the place of `TimeAttention`."""
+
+    def __init__(self, attention: str | Mapping[str, Any], dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.layer = create_attention(attention, dim, causal=False, num_heads=num_heads)
+        if not self.layer.supports.padding:
+            raise ConfigError(
+                f"attention={attention}: {type(self.layer).__name__} takes no padded rows; series of several "
+                "lengths, or with missing patches, need that."
+            )
+
+    def forward(self, x: Tensor, keep: int, tables: tuple[Tensor, Tensor], padding: Padding | None) -> Tensor:
+        """Tokens `(S, B, D)` -> the last `keep` of them; positions are the layer's own matter."""
+        mask = None if padding is None else padding.keys
+        return self.layer(x.transpose(0, 1), mask=mask).transpose(0, 1)[-keep:]
+
+
 class GroupAttention(Attention):
     """The rows of a group see each other, at each token by itself, without positions."""
 
@@ -124,9 +145,21 @@ class MLP(nn.Module):
 class TimeLayer(nn.Module):
     """Residual attention over time."""
 
-    def __init__(self, dim: int, head_dim: int, num_heads: int, dropout: float, eps: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int,
+        num_heads: int,
+        dropout: float,
+        eps: float,
+        attention: str | Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        self.self_attention = TimeAttention(dim, head_dim, num_heads, dropout)
+        self.self_attention: TimeAttention | OtherTimeAttention = (
+            OtherTimeAttention(attention, dim, num_heads)
+            if attention
+            else TimeAttention(dim, head_dim, num_heads, dropout)
+        )
         self.layer_norm = RMSNorm(dim, eps)
         self.dropout = nn.Dropout(dropout)
 
@@ -175,11 +208,12 @@ class Block(nn.Module):
         activation: str,
         dropout: float,
         eps: float,
+        attention: str | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.layer = nn.ModuleList(
             [
-                TimeLayer(dim, head_dim, num_heads, dropout, eps),
+                TimeLayer(dim, head_dim, num_heads, dropout, eps, attention),
                 GroupLayer(dim, head_dim, num_heads, dropout, eps),
                 FeedForward(dim, hidden, activation, dropout, eps),
             ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,7 +130,7 @@ class Forecaster:
         results: dict[int, Tensor] = {}
         most = None if cross_learning else self._most_steps()
         with self._prepared(items, length):
-            for batch in batches(items, length, batch_size, in_order=cross_learning, most_steps=most):
+            for batch in batches(items, length, batch_size, most_steps=most):
                 batch = self._moved(batch)
                 ids = batch.group_ids
                 quantiles = forecast(
@@ -228,7 +229,7 @@ class Forecaster:
         """
         tokens, scales = [], []
         items, length = prepare(inputs, 0), self._context_length(context_length)
-        for batch in batches(items, length, batch_size, in_order=True):
+        for batch in batches(items, length, batch_size):
             batch = self._moved(batch)
             found = self.model.encode(batch.context, group_ids=batch.group_ids)
             parts = [part.cpu() for part in found]
@@ -297,41 +298,48 @@ class Forecaster:
 
 
 def batches(
-    items: Sequence[Item],
-    context_length: int,
-    batch_size: int,
-    *,
-    in_order: bool,
-    most_steps: int | None = None,
+    items: Sequence[Item], context_length: int, batch_size: int, *, most_steps: int | None = None
 ) -> Iterator[Batch]:
-    """Items in batches: each takes items until it has `batch_size` rows, or `most_steps` steps in all.
+    """Items in order in batches: each takes items until it has `batch_size` rows.
 
-    Items of similar length come together, as the shorter ones are filled up, unless `in_order`.
+    With `most_steps`, those of similar length of a batch come together, in passes of about so many steps. All
+    rows of a batch are as long as its longest, in whichever pass: the mean of a constant series depends in
+    its last digit on the length of the row, so its scale is 0 or that digit, and its forecast follows.
     """
-    lengths = [min(item.context.shape[1], context_length) for item in items]
-    order = list(range(len(items)))
-    if not in_order:
-        order.sort(key=lambda i: lengths[i])
     chosen: list[int] = []
     rows = 0
-    for i in order:
+    for i, item in enumerate(items):
+        chosen.append(i)
+        rows += len(item.context)
+        if rows >= batch_size or i + 1 == len(items):
+            lengths = {j: min(items[j].context.shape[1], context_length) for j in chosen}
+            width = max(lengths.values())
+            for places in [chosen] if most_steps is None else _passes(items, lengths, most_steps):
+                yield _collate(items, places, context_length, width)
+            chosen, rows = [], 0
+
+
+def _passes(items: Sequence[Item], lengths: Mapping[int, int], most_steps: int) -> Iterator[list[int]]:
+    """Places of items of `lengths`, the shortest first, in parts of about `most_steps` steps."""
+    chosen: list[int] = []
+    rows = 0
+    for i in sorted(lengths, key=lambda place: lengths[place]):
         chosen.append(i)
         rows += len(items[i].context)
-        full = most_steps is not None and rows * lengths[i] >= most_steps
-        if full or rows >= batch_size:
-            yield _collate(items, chosen, context_length)
+        if rows * lengths[i] >= most_steps:
+            yield chosen
             chosen, rows = [], 0
     if chosen:
-        yield _collate(items, chosen, context_length)
+        yield chosen
 
 
-def _collate(items: Sequence[Item], places: list[int], context_length: int) -> Batch:
+def _collate(items: Sequence[Item], places: list[int], context_length: int, width: int) -> Batch:
     contexts = [items[i].context[:, -context_length:] for i in places]
     sizes = [len(context) for context in contexts]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    context = torch.full((sum(sizes), max(c.shape[1] for c in contexts)), torch.nan)
+    starts = list(accumulate(sizes, initial=0))
+    context = torch.full((starts.pop(), width), torch.nan)
     for start, part in zip(starts, contexts, strict=True):
-        context[start : start + len(part), context.shape[1] - part.shape[1] :] = part
+        context[start : start + len(part), width - part.shape[1] :] = part
     future = torch.cat([items[i].future for i in places])
     return Batch(
         context,

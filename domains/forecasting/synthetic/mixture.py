@@ -12,6 +12,7 @@ from domains.forecasting.synthetic.causal import causal_model
 from domains.forecasting.synthetic.kernels import kernel_synth
 from domains.forecasting.synthetic.multivariate import cointegrated, cotemporaneous, lead_lag, standardised
 from domains.forecasting.synthetic.processes import autoregression, exponential_smoothing
+from domains.forecasting.synthetic.seasonal import seasonal
 from domains.forecasting.synthetic.trend_season import trend_season
 from zoo.errors import ConfigError, did_you_mean
 
@@ -24,10 +25,11 @@ def _one_by_one(make: Callable[[np.random.Generator, int], np.ndarray]) -> Univa
 
 
 UNIVARIATE: dict[str, tuple[Univariate, float]] = {
-    "kernels": (kernel_synth, 0.07),
-    "trend_season": (_one_by_one(trend_season), 0.8),
-    "autoregression": (_one_by_one(autoregression), 0.03),
-    "exponential_smoothing": (_one_by_one(exponential_smoothing), 0.1),
+    "seasonal": (_one_by_one(seasonal), 0.75),
+    "trend_season": (_one_by_one(trend_season), 0.2),
+    "exponential_smoothing": (_one_by_one(exponential_smoothing), 0.025),
+    "kernels": (kernel_synth, 0.0175),
+    "autoregression": (_one_by_one(autoregression), 0.0075),
 }
 """Generators of single series, and how often each is drawn."""
 

@@ -15,7 +15,7 @@ PAIRS = ((24, 168), (24, 168), (48, 336), (7, 365), (12, 48), (4, 52))
 def trend_season(rng: np.random.Generator, length: int) -> np.ndarray:
     """`[length]` steps of a trend, up to three seasons and noise, added or multiplied."""
     t = np.arange(length)
-    trend = _trend(rng, t)
+    trend = trend_line(rng, t)
     seasons = sum((_season(rng, t, period) for period in _periods(rng, length)), np.zeros(length))
     noise = 10 ** rng.uniform(-2, -0.1) * _noise(rng, length)
     weight = rng.uniform(0.1, 2.0)
@@ -26,7 +26,7 @@ def trend_season(rng: np.random.Generator, length: int) -> np.ndarray:
     return _with_shocks(rng, series)
 
 
-def _trend(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
+def trend_line(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
     """None, linear, exponential, logistic, piecewise linear, or a walk with or without a drifting slope."""
     x, kind = t / len(t), rng.integers(7)
     size = rng.normal(0, 1.5)

@@ -54,8 +54,12 @@ def test_a_wide_table_is_one_series_of_several_columns(tmp_path: Path) -> None:
     series = read_set(tmp_path / "ETT.csv", horizon=1, target=["OT"], past=["HUFL"])
     assert [item.name for item in series.items] == ["ETT"]
     assert list(series.items[0].past) == ["HUFL"]
+    alone = read_set(tmp_path / "ETT.csv", horizon=1)
+    assert [item.name for item in alone.items] == ["OT", "HUFL"]
+    two = pd.DataFrame({"item_id": "a", "date": stamps, "OT": range(5), "HUFL": range(5)})
+    two.to_csv(tmp_path / "two.csv", index=False)
     with pytest.raises(DataError, match=r"which column is to be forecast\? .*'OT', 'HUFL'"):
-        read_set(tmp_path / "ETT.csv", horizon=1)
+        read_set(tmp_path / "two.csv", horizon=1)
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:

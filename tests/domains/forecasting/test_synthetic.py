@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,8 @@ from domains.forecasting.data import ForecastData
 from domains.forecasting.synthetic import GENERATORS, UNIVARIATE, draw_group
 from domains.forecasting.synthetic.kernels import BANK, GRID, PERIODS, draw, kernel_synth
 from domains.forecasting.synthetic.multivariate import lead_lag
+from domains.forecasting.synthetic.seasonal import PERIODS as SEASONS
+from domains.forecasting.synthetic.seasonal import seasonal
 from zoo.errors import ConfigError
 
 
@@ -51,6 +55,15 @@ def test_a_piece_longer_than_the_interval_goes_on() -> None:
     assert kernel_synth(np.random.default_rng(0), 2, GRID + 100).shape == (2, GRID + 100)
 
 
+def test_most_seasonal_series_repeat_with_a_usual_season() -> None:
+    rng = np.random.default_rng(0)
+    recurring = []
+    for _ in range(100):
+        steps = np.diff(seasonal(rng, 400))
+        recurring.append(max(np.corrcoef(steps[p:], steps[:-p])[0, 1] for p in SEASONS) > 0.7)
+    assert 0.5 < np.mean(recurring) < 0.9
+
+
 def test_followers_repeat_their_leaders_later() -> None:
     rng = np.random.default_rng(3)
     walk = lambda count, length: np.cumsum(rng.standard_normal((count, length)), axis=1)  # noqa: E731
@@ -80,8 +93,8 @@ def test_an_unknown_generator_suggests_the_nearest() -> None:
         draw_group(np.random.default_rng(0), 1, 50, generator="lead_lag")
 
 
-def samples(**options: int) -> SyntheticSamples:
-    return SyntheticSamples(16, rows=6, context_length=64, max_patches=3, batch_size=4, **options)
+def samples(**options: Any) -> SyntheticSamples:
+    return SyntheticSamples(16, rows=6, context_length=64, horizon=48, batch_size=4, **options)
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone() -> None:
@@ -104,13 +117,20 @@ def test_validation_samples_stay() -> None:
         assert (before.shape == after.shape and bool((before - after).nan_to_num().eq(0).all())) == stays
 
 
-def test_samples_of_a_batch_share_the_number_of_patches() -> None:
+def test_samples_of_a_batch_share_the_steps_of_the_future() -> None:
     dataset = samples()
     ahead = [dataset[i].future.shape[1] for i in range(16)]
     assert all(len(set(ahead[i : i + 4])) == 1 for i in range(0, 16, 4))
-    assert set(ahead) <= {16, 32, 48}
+    assert set(ahead) <= {12, 24, 48}
     batch = collate([dataset[i] for i in range(4)])
     assert len(batch.context) == 24
     assert batch.groups.unique().tolist() == list(range(int(batch.groups.max()) + 1))
     targets, known = ~batch.target.isnan().all(dim=1), ~batch.future.isnan().all(dim=1)
     assert not (targets & known).any()
+
+
+def test_a_batch_is_of_groups_or_of_single_series() -> None:
+    alone, grouped = samples(multivariate=0.0), samples(multivariate=1.0)
+    assert len(collate([alone[i] for i in range(4)]).groups.unique()) == 24
+    sizes = collate([grouped[i] for i in range(4)]).groups.unique(return_counts=True)[1]
+    assert (sizes > 1).sum() >= 4

@@ -14,6 +14,7 @@ from rich.console import Console
 from zoo.bench.compare import Job, compare, relative_difference, scaling
 from zoo.bench.machine import machine
 from zoo.bench.report import Report
+from zoo.bench.suite import Case, compared
 from zoo.errors import ZooError
 
 CPU = torch.device("cpu")
@@ -37,6 +38,16 @@ def test_compare_measures_both_and_says_how_far_their_results_are() -> None:
     assert row.peer_bytes > 60 * row.ours_bytes
     assert row.memory < 1 / 60
     assert row.difference < 1e-5
+
+
+def test_a_case_that_takes_long_is_timed_few_times_without_a_round_before() -> None:
+    calls = []
+    job = dataclasses.replace(JOB, peer=lambda: calls.append(1))
+    case = Case("slow", lambda _device: job, rounds=2)
+    row = compared(case, repeats=5, device=CPU)
+    assert len(row.ours.seconds) == 2
+    assert len(calls) == 3  # one of them for the memory
+    assert len(compared(case, repeats=1, device=CPU).ours.seconds) == 1
 
 
 def test_different_results_are_not_timed() -> None:
