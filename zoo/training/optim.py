@@ -142,13 +142,13 @@ def build_schedule(
         name: `constant`; `cosine` down to `min_lr` at the last step; `step`, times `gamma` once per period;
             `exponential`, the same without the stairs.
         warmup_steps, warmup_epochs: the first steps, or those of the first epochs, rise linearly.
-        min_lr: the rate never falls below it after the warm-up.
+        min_lr: the rate never falls below it after the warm-up; one that starts below it stays.
         every_steps, every_epochs: the period; see `period`.
 
     Raises:
         ConfigError: there is no schedule of this name.
     """
-    floor, steps = min_lr / lr, period(steps_per_epoch, every_steps, every_epochs)
+    floor, steps = min(min_lr / lr, 1.0), period(steps_per_epoch, every_steps, every_epochs)
     warmup_steps = warmup_steps or int(warmup_epochs * steps_per_epoch)
     curves: dict[str, Callable[[int], float]] = {
         "constant": lambda step: 1.0,

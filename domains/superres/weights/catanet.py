@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError
-from zoo.weights.checkpoint import LoadReport, load_state
 from zoo.weights.formats import PREFIXES
 from zoo.weights.official import OfficialLayout
 
@@ -120,26 +119,10 @@ class CATANetOfficial(OfficialLayout):
         if cls.matches(state_dict) and (scale := scale_of(state_dict)) != scale_of(expected):
             raise CheckpointError(
                 f"The checkpoint enlarges {scale} times, the model {scale_of(expected)} times. Use "
-                f"catanet_x{scale}, or start a training from all but the up-sampler (`load_but_upsampler`)."
+                f"catanet_x{scale}, or `zoo finetune model=catanet_x{scale} checkpoint=FILE "
+                f"data.scale={scale_of(expected)}`, which starts from all but the up-sampler."
             )
         return state_dict
-
-
-def load_but_upsampler(model: nn.Module, state_dict: Mapping[str, Tensor]) -> LoadReport:
-    """Start a CATANet from one of another scale, as the published x3 and x4 are trained from x2.
-
-    Args:
-        state_dict: official or own names; its up-sampler is left out, and that of the model stays at init.
-
-    Raises:
-        CheckpointError: anything else that does not fit.
-    """
-    state = dict(state_dict)
-    if CATANetOfficial.matches(state):
-        state = CATANetOfficial.canonical(state)
-        names = {ours: theirs for ours, theirs in _names(model).items() if set(theirs) <= state.keys()}
-        state = {ours: _one([state[name] for name in official]) for ours, official in names.items()}
-    return load_state(model, state, skip=("upsampler.*",))
 
 
 def scale_of(state_dict: Mapping[str, Tensor]) -> int:

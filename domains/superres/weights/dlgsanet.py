@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError
-from zoo.weights.checkpoint import LoadReport, load_state
 from zoo.weights.formats import PREFIXES
 from zoo.weights.official import OfficialLayout
 
@@ -159,30 +158,10 @@ class DLGSANetOfficial(OfficialLayout):
         if cls.matches(state_dict) and (scale := _Found(state_dict).scale) != model.scale:
             raise CheckpointError(
                 f"The checkpoint enlarges {scale} times, the model {model.scale} times. Use "
-                f"dlgsanet_..._x{scale}, or start a training from all but the up-sampler "
-                "(`load_but_upsampler`)."
+                f"dlgsanet_..._x{scale}, or `zoo finetune model=dlgsanet_..._x{scale} checkpoint=FILE "
+                f"data.scale={model.scale}`, which starts from all but the up-sampler."
             )
         return state_dict
-
-
-def load_but_upsampler(model: nn.Module, state_dict: Mapping[str, Tensor]) -> LoadReport:
-    """Start a DLGSANet from one of another scale.
-
-    Args:
-        state_dict: official or own names; its up-sampler is left out, and that of the model stays at init.
-
-    Raises:
-        CheckpointError: anything else that does not fit.
-    """
-    state = dict(state_dict)
-    if DLGSANetOfficial.matches(state):
-        state, own = DLGSANetOfficial.canonical(state), model.state_dict()
-        state = {
-            ours: state[official].reshape(own[ours].shape) if state[official].ndim == 4 else state[official]
-            for ours, official in official_names(model).items()
-            if official in state and not ours.startswith("upsampler.")
-        }
-    return load_state(model, state, skip=("upsampler.*",))
 
 
 # ---- names -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import zoo
 from domains.superres.models.catanet import CATANet, enlarged
 from domains.superres.models.catanet_patches import LocalAttention, Patches, axis
 from domains.superres.models.catanet_tokens import TokenAggregation, mirrored, refined
-from domains.superres.weights.catanet import CATANetOfficial, load_but_upsampler, scale_of
+from domains.superres.weights.catanet import CATANetOfficial, scale_of
 from zoo.attention import backend, capture
 from zoo.bench.memory import peak_memory
 from zoo.bench.peer import load_peer
@@ -407,18 +407,6 @@ def test_a_file_of_another_scale_is_named() -> None:
         load_weights(zoo.create_model("catanet_x4"), official)
     with pytest.raises(CheckpointError, match="no official checkpoint of 'catanet_x2'"):
         zoo.from_official("catanet_x2", {"conv_first.weight": torch.zeros(3)})
-
-
-@pytest.mark.parametrize("official", [True, False])
-def test_starts_from_another_scale(official: bool) -> None:
-    source, model = small(2), small(4)
-    fresh = model.upsampler[0].weight.clone()
-    report = load_but_upsampler(model, zoo.to_official(source) if official else source.state_dict())
-    assert torch.equal(model.blocks[1].local.qkv.weight, source.blocks[1].local.qkv.weight)
-    assert torch.equal(model.upsampler[0].weight, fresh)
-    assert all(name.startswith("upsampler.") for name in report.initial)
-    with pytest.raises(CheckpointError, match="wrong shape"):
-        load_but_upsampler(model, zoo.to_official(small(2, mlp_dim=24)))
 
 
 def test_low_rank_updates_are_seen() -> None:

@@ -13,7 +13,7 @@ import zoo
 from domains.superres.models import dlgsanet_layers
 from domains.superres.models.dlgsanet import DLGSANet
 from domains.superres.models.dlgsanet_layers import ChannelAttention, in_bands, tlc_windows
-from domains.superres.weights.dlgsanet import DLGSANetOfficial, load_but_upsampler
+from domains.superres.weights.dlgsanet import DLGSANetOfficial
 from zoo.attention import capture
 from zoo.bench.peer import load_peer
 from zoo.errors import CheckpointError, ConfigError, DataError
@@ -274,19 +274,12 @@ def test_own_checkpoint_round_trip(tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x))
 
 
-def test_another_scale_is_named_and_can_start_a_training() -> None:
+def test_another_scale_is_named() -> None:
     official, model = plain().state_dict(), small(upscale=3)
     with pytest.raises(CheckpointError, match="enlarges 2 times, the model 3 times"):
         load_weights(model, official)
     with pytest.raises(CheckpointError, match="has scale=2, not 4"):
         zoo.from_official("dlgsanet_mini", official, upscale=4)
-    for state in (official, small().state_dict()):
-        fresh = small(upscale=3)
-        with torch.no_grad():
-            fresh.conv.weight.zero_()
-        report = load_but_upsampler(fresh, state)
-        assert report.initial == ("upsampler.convs.0.bias", "upsampler.convs.0.weight")
-        assert torch.equal(fresh.conv.weight, official["deep_feature_extraction.2.weight"])
 
 
 @pytest.mark.parametrize(

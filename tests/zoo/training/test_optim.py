@@ -46,6 +46,12 @@ def test_period_in_steps_wins_over_epochs() -> None:
     assert period(Fraction(100, 8), None, 5) == 62
 
 
+@pytest.mark.parametrize("name", ["constant", "cosine", "exponential"])
+def test_a_rate_below_the_floor_is_not_raised_to_it(name: str) -> None:
+    factor = build_schedule(lr=1e-6, total_steps=10, steps_per_epoch=Fraction(4), name=name, min_lr=3e-5)
+    assert [factor(step) for step in range(11)] == [1.0] * 11
+
+
 def test_cosine_rises_linearly_then_falls_to_the_floor() -> None:
     factor = build_schedule(
         lr=1.0, total_steps=110, steps_per_epoch=Fraction(10), name="cosine", warmup_steps=10, min_lr=0.1
