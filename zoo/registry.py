@@ -28,9 +28,10 @@ from zoo.weights.checkpoint import (
     check_fit,
     load_state,
     matches,
-    read_checkpoint,
     read_state_dict,
+    told_by,
 )
+from zoo.weights.formats import read_tensors
 from zoo.weights.official import OfficialLayout
 
 STATUSES = ("official parity", "re-implementation")
@@ -77,6 +78,8 @@ class Domain:
     predict: str = ""
     bench: str = ""
     explain: str = ""
+    verbs: dict[str, str] = field(default_factory=dict)
+    """What only this domain does with trained weights, as `relax`: verb of the command line -> part."""
     detect: str = ""
     """Function from the tensors of an official file to the name of their model, or None."""
     example_inputs: str = ""
@@ -85,12 +88,12 @@ class Domain:
     """Arguments without default, for a typical data set: what cards are counted with."""
 
     def load(self, part: str) -> Any:
-        """The object behind `task`, `data`, `predict`, `explain` or `bench`.
+        """The object behind `task`, `data`, `predict`, `explain`, `bench` or one of `verbs`.
 
         Raises:
             ConfigError: the domain has no such part.
         """
-        target = getattr(self, part)
+        target = self.verbs.get(part) or getattr(self, part, "")
         if not target:
             raise ConfigError(f"Domain {self.name!r} has no {part}.")
         return load_object(target)
@@ -261,7 +264,8 @@ def count_flops(name: str) -> int | None:
         return None
     arguments = {key: parameter.default for key, parameter in _signature(entry).items()} | sizes
     with FlopCounterMode(display=False) as counter, backend("blocked"), torch.no_grad():
-        entry.builder(**sizes).eval()(*domain.load("example_inputs")(**arguments))
+        # The counter cannot follow a view of a parameter that requires gradients.
+        entry.builder(**sizes).eval().requires_grad_(False)(*domain.load("example_inputs")(**arguments))
     return counter.get_total_flops()
 
 
@@ -431,7 +435,10 @@ def _build(entry: _Entry, config: dict[str, Any]) -> nn.Module:
 def _from_checkpoint(entry: _Entry, path: str | Path, config: dict[str, Any]) -> nn.Module:
     if Path(path).is_dir():
         return _from_official(entry, *_read_official(entry, path), config, str(path))[0]
-    state, meta = read_checkpoint(path)
+    state, metadata = read_tensors(path)
+    if (options := _told_options(entry, metadata)) is not None:
+        return _from_official(entry, state, options, config, str(path))[0]
+    meta = told_by(metadata, path)
     stored = meta.get("model", {"name": entry.card.name, "config": {}})
     if stored["name"] != entry.card.name:
         raise CheckpointError(f"{path} holds a {stored['name']!r}, not a {entry.card.name!r}.")
@@ -468,7 +475,8 @@ def _from_card(entry: _Entry, card: WeightCard, config: dict[str, Any]) -> nn.Mo
 
     path = fetch(card)
     if not card.converter:
-        return _from_official(entry, read_state_dict(path), card.config, config, str(path))[0]
+        state, options = _read_official(entry, path)
+        return _from_official(entry, state, options | card.config, config, str(path))[0]
     model = _build(entry, card.config | config)
     tensors = load_object(card.converter)(read_state_dict(path), model)
     kept = [name for name in model.state_dict() if name not in tensors]
@@ -630,7 +638,8 @@ def _fill(entry: _Entry, model: nn.Module, state: dict[str, Tensor], source: str
     expected = {
         key: value for key, value in official.items() if key in state or not matches(key, dispensable)
     }
-    check_fit(state, expected, source=source, target=f"official {name}")
+    weights = {key: value for key, value in state.items() if not matches(key, layout.beside)}
+    check_fit(weights, expected, source=source, target=f"official {name}")
     fresh = [name for name in model.state_dict() if matches(name, own) and name not in state]
     skip = (*layout.unofficial, *fresh)
     return load_state(model, layout.imported(state, model), skip=skip, source=source)
@@ -662,12 +671,18 @@ def _check_options(layout: type[OfficialLayout], name: str, options: Mapping[str
 
 
 def _read_official(entry: _Entry, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a file or folder of the official program, and the options that a folder tells."""
+    """Tensors of a file or folder of the official program, and the options that it tells."""
     if Path(path).is_dir() and entry.official is not None:
         found = entry.official.read_folder(Path(path))
         if found is not None:
             return found
-    return read_state_dict(path), {}
+    state, metadata = read_tensors(path)
+    return state, _told_options(entry, metadata) or {}
+
+
+def _told_options(entry: _Entry, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The options that a file of the official program tells, as far as the layout knows them; None: none."""
+    return _layout(entry).told(json.loads(metadata["official"])) if "official" in metadata else None
 
 
 def _as_tensors(state: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
-"""The attention core: eight primitives under every mechanism; `zoo.attention.layers` builds on them."""
+"""The attention core: nine primitives under every mechanism; `zoo.attention.layers` builds on them."""
 
 from __future__ import annotations
 
 from zoo.attention.attend import attend
 from zoo.attention.backends import backend
 from zoo.attention.capture import AttentionMap, capture
+from zoo.attention.deformable import SampledMap, deformable_attend
 from zoo.attention.errors import AttentionError
 from zoo.attention.halo import Halo, Near
 from zoo.attention.heads import expand
@@ -31,6 +32,7 @@ __all__ = [
     "OrderedGroups",
     "Padding",
     "Pattern",
+    "SampledMap",
     "ShiftedWindows",
     "TopKSoftmax",
     "Window",
@@ -38,6 +40,7 @@ __all__ = [
     "attend_blocks",
     "backend",
     "capture",
+    "deformable_attend",
     "expand",
     "gather_blocks",
     "merge",

@@ -219,6 +219,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def is_forced(name: str) -> bool:
+    """Whether `backend(name)` is in force."""
+    return _forced == name
+
+
 def chosen(p: Problem) -> Backend:
     """The forced backend, checked against the problem, or the fastest one that can."""
     fusible = p.kernel is softmax and (not p.return_lse or _fusible_lse(p))

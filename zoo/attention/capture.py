@@ -136,16 +136,19 @@ class _Recorder:
         for tile, result in pairs:
             if self.grad and result.weights.requires_grad:
                 result.weights.retain_grad()
-            scores = self._kept(result.scores) if self.scores else None
+            scores = self.kept(result.scores) if self.scores else None
             tiles.append(
-                MapTile(self._kept(result.weights), tile.index or whole(*p.sizes, p.q.device), scores)
+                MapTile(self.kept(result.weights), tile.index or whole(*p.sizes, p.q.device), scores)
             )
-        found = AttentionMap(name, p.pattern, tiles, self._kept(p.v), self._kept(output))
-        calls = 1 + sum(key.partition("#")[0] == name for key in self.maps)
-        self.maps[name if calls == 1 else f"{name}#{calls}"] = self.reduce(found) if self.reduce else found
+        self.keep(name, AttentionMap(name, p.pattern, tiles, self.kept(p.v), self.kept(output)))
         return output, lse
 
-    def _kept(self, tensor: Tensor) -> Tensor:
+    def keep(self, name: str, found: Any) -> None:
+        """The map of one call of a module."""
+        calls = 1 + sum(key.partition("#")[0] == name for key in self.maps)
+        self.maps[name if calls == 1 else f"{name}#{calls}"] = self.reduce(found) if self.reduce else found
+
+    def kept(self, tensor: Tensor) -> Tensor:
         return tensor if self.grad else tensor.detach()
 
     def check(self) -> None:
@@ -202,7 +205,8 @@ def capture(
 
     Yields:
         Maps (or what `reduce` made of them) by module name in the order of calls; the second call of one
-        module is `name#2`, and so on. A call of `attend` outside of any module is named `attend`.
+        module is `name#2`, and so on. A call of `attend` outside of any module is named `attend`. What
+        `deformable_attend` did is a `SampledMap`.
 
     Raises:
         AttentionError: on leaving, if nothing was captured; it says why.

@@ -25,6 +25,8 @@ SUITES = {
     "vision": "domains.vision.bench:SUITE",
     "forecasting": "domains.forecasting.bench:SUITE",
     "superres": "domains.superres.bench:SUITE",
+    "atoms": "domains.atoms.bench:SUITE",
+    "detection": "domains.detection.bench:SUITE",
     "image_attention": "domains.vision.compare:run",
 }
 """Each a `Suite`, or a function from the config and the device to what is shown and written."""

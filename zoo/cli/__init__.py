@@ -11,7 +11,21 @@ from typer.core import TyperGroup
 
 from zoo.errors import ZooError, did_you_mean
 
-VERBS = ("train", "evaluate", "predict", "explain", "finetune", "list", "info", "data", "weights", "bench")
+VERBS = (
+    "train",
+    "evaluate",
+    "predict",
+    "relax",
+    "md",
+    "check",
+    "explain",
+    "finetune",
+    "list",
+    "info",
+    "data",
+    "weights",
+    "bench",
+)
 
 
 class LazyVerbs(TyperGroup):

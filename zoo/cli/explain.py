@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import typer
-from omegaconf import OmegaConf
 
-from zoo.cli.console import console
 from zoo.cli.train import Overrides, ShowConfig
-from zoo.config import compose
+from zoo.cli.trained import run_part
 
 app = typer.Typer()
 
@@ -24,12 +22,4 @@ def explain(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
 
       zoo explain model=biformer_tiny checkpoint=biformer_tiny_best.pth input=photo.jpg target=281
     """
-    config = compose("explain", overrides or [])
-    if cfg:
-        console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
-        return
-    from zoo.training.run import domain_for, load_trained
-
-    model, facts = load_trained(config, "explain")
-    for path in domain_for(model).load("explain")(model, facts, config):
-        console.print(str(path), highlight=False, soft_wrap=True)
+    run_part("explain", overrides, show=cfg)

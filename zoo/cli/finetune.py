@@ -8,7 +8,6 @@ from omegaconf import OmegaConf
 from zoo.cli.console import console
 from zoo.cli.train import Overrides, ShowConfig
 from zoo.config import compose
-from zoo.errors import ConfigError
 
 app = typer.Typer()
 
@@ -31,14 +30,17 @@ def finetune(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
 
       zoo finetune checkpoint=RUN data=imagefolder data.path=photos method=probe probe=attentive
 
+      zoo finetune domain=atoms checkpoint=RUN model.forces=conservative
+
       zoo finetune checkpoint=RUN data=simulated finetune.layer_decay=0.8 'finetune.freeze=["embedding.*"]'
     """
     given = overrides or []
-    if chosen := [text for text in given if text.startswith("model.")]:
-        raise ConfigError(f"zoo finetune takes the model from the checkpoint; leave out {' '.join(chosen)}.")
+    changed = [text.removeprefix("model.") for text in given if text.startswith("model.")]
+    given = [text for text in given if not text.startswith("model.")]
     named = [text.removeprefix("model=") for text in given if text.startswith("model=")]
     config = compose("finetune", [text for text in given if not text.startswith("model=")])
     config.finetune.model = named[-1] if named else None
+    config.finetune.changes = OmegaConf.from_dotlist(changed)
     if cfg:
         console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
         return

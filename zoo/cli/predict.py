@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from zoo.cli.console import console
 from zoo.cli.train import Overrides, ShowConfig
+from zoo.cli.trained import check_domain, without_domain
 from zoo.config import compose
 from zoo.errors import ConfigError
 
@@ -35,6 +36,8 @@ def predict(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
       zoo predict model=biformer_tiny checkpoint=official.pth input=photo.jpg classes=imagenet.txt
 
       zoo predict domain=superres model=catanet_x4 checkpoint=x4.pth input=photos output=large
+
+      zoo predict run=RUN input=frames.extxyz output=labelled.extxyz plots=plots
     """
     config = _config(overrides or [])
     if cfg:
@@ -49,7 +52,8 @@ def predict(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
 
 def _config(overrides: list[str]) -> DictConfig:
     """The config with the options of the domain that the weights named belong to."""
-    overrides, wanted = _without_domain(overrides)
+    overrides, wanted = without_domain(overrides)
+    overrides = [_input_for_data(text) for text in overrides]
     named = [text for text in overrides if text.startswith(tuple(f"{name}=" for name in WEIGHTS))]
     if not named:
         try:
@@ -61,18 +65,10 @@ def _config(overrides: list[str]) -> DictConfig:
     from zoo.training.run import domain_of
 
     domain = domain_of(compose("predict", named), "predict")
-    if wanted and domain and wanted not in (domain, domain.partition("/")[0]):
-        raise ConfigError(f"These weights are for domain={domain}, not for domain={wanted}.")
+    check_domain(wanted, domain)
     chosen = domain or wanted
     return compose("predict", [f"predict={chosen}", *overrides] if chosen else overrides)
 
 
-def _without_domain(overrides: list[str]) -> tuple[list[str], str]:
-    """The overrides but `domain=NAME`, which the weights tell anyhow; `data=FILE` becomes `input=FILE`."""
-    given = [text.removeprefix("domain=") for text in overrides if text.startswith("domain=")]
-    rest = [
-        f"input={text.removeprefix('data=')}" if text.startswith("data=") else text
-        for text in overrides
-        if not text.startswith("domain=")
-    ]
-    return rest, given[-1] if given else ""
+def _input_for_data(text: str) -> str:
+    return f"input={text.removeprefix('data=')}" if text.startswith("data=") else text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.attention.layers import AttentionLayer
 from zoo.cli.console import console
@@ -43,6 +45,21 @@ def starting_point(path: str | Path, kwargs: Mapping[str, Any]) -> tuple[nn.Modu
     own = model.state_dict()
     other = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
     return model, load_state(model, state, skip=other, source=str(path))
+
+
+def changes(cfg: DictConfig, allowed: Sequence[str]) -> dict[str, Any]:
+    """The arguments of the model that `cfg.changes` wants different from the checkpoint's.
+
+    Raises:
+        ConfigError: one that is not among `allowed`.
+    """
+    wanted = dict(OmegaConf.select(cfg, "changes", default={}))
+    if refused := [f"model.{name}={value}" for name, value in wanted.items() if name not in allowed]:
+        may = f" Of its arguments, {', '.join(allowed)} may change." if allowed else ""
+        raise ConfigError(
+            f"zoo finetune takes the model from the checkpoint; leave out {' '.join(refused)}.{may}"
+        )
+    return wanted
 
 
 def adapt(model: nn.Module, cfg: DictConfig) -> None:
@@ -165,6 +182,26 @@ def _add_lora(model: nn.Module, cfg: DictConfig) -> None:
         fan_in_fan_out=any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in chosen),
     )
     peft.inject_adapter_in_model(config, model)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.__class__ = _whole_weight(type(module))
+
+
+@cache
+def _whole_weight(kind: type) -> type:
+    """A LoRA layer whose `weight` holds its update, for models that read weights instead of calling layers.
+
+    peft's own is that of the frozen layer, and what is read there would not be trained.
+    """
+
+    def weight(layer: Any) -> Tensor:
+        frozen = layer.get_base_layer().weight
+        if layer.merged or layer.disable_adapters:
+            return frozen
+        updates = [layer.get_delta_weight(name) for name in layer.active_adapters]
+        return frozen + torch.stack(updates).sum(0) if updates else frozen
+
+    return type(kind.__name__, (kind,), {"weight": property(weight), "__module__": kind.__module__})
 
 
 def _in_attention(model: nn.Module, linear: Iterable[str]) -> list[str]:

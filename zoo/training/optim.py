@@ -25,7 +25,14 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 COMMON = ("betas", "eps")  # in the default config, not known to every optimiser
 
 
-def build_optimizer(model: nn.Module, *, name: str, layer_decay: float = 1.0, **options: Any) -> Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: str,
+    layer_decay: float = 1.0,
+    lr_factors: Mapping[str, float] | None = None,
+    **options: Any,
+) -> Optimizer:
     """The optimiser `name` over the trainable parameters of `model`: a class of `torch.optim`, or `muon`.
 
     Of `zoo.training.muon.Muon`, the weights of linear layers in lists of blocks (`nn.ModuleList`) are the
@@ -37,10 +44,13 @@ def build_optimizer(model: nn.Module, *, name: str, layer_decay: float = 1.0, **
         name: class name in lower case, such as `adamw`.
         layer_decay: factor on the learning rate from each layer to the one before it; layers are what
             timm's `group_matcher()` of the model says, else its children.
+        lr_factors: factors on the learning rate of parameters by globs of their names, of which the first
+            that matches counts.
         options: `lr`, `weight_decay`, `betas`, `eps` and whatever else the class takes.
 
     Raises:
-        ConfigError: unknown optimiser or option, or a model without trainable parameters.
+        ConfigError: unknown optimiser or option, a glob that matches nothing, or a model without trainable
+            parameters.
     """
     if name not in OPTIMIZERS:
         raise ConfigError(f"There is no optimizer.name={name}.{did_you_mean(name, OPTIMIZERS)}")
@@ -52,7 +62,10 @@ def build_optimizer(model: nn.Module, *, name: str, layer_decay: float = 1.0, **
     if not options["lr"] > 0:
         raise ConfigError(f"optimizer.lr={options['lr']}: a positive number is needed.")
     weight_decay = options.pop("weight_decay", 0.0)
-    groups = parameter_groups(model, lr=options["lr"], weight_decay=weight_decay, layer_decay=layer_decay)
+    factors = lr_factors or {}
+    groups = parameter_groups(
+        model, lr=options["lr"], weight_decay=weight_decay, layer_decay=layer_decay, factors=factors
+    )
     if not groups:
         raise ConfigError("The model has no trainable parameter; see finetune.freeze.")
     if name == "muon":
@@ -61,19 +74,36 @@ def build_optimizer(model: nn.Module, *, name: str, layer_decay: float = 1.0, **
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float = 1.0
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters by weight decay (on or off), and by depth where `layer_decay` differs from 1."""
+    """Trainable parameters by weight decay (on or off), by depth where `layer_decay` differs from 1, and by
+    the factors on their learning rate.
+    """
+    factors = factors or {}
+    names = [name for name, _ in model.named_parameters()]
+    for glob in factors:
+        if not fnmatch.filter(names, glob):
+            raise ConfigError(f"optimizer.lr_factors: no parameter matches {glob!r}.")
     exempt = set(getattr(model, "no_weight_decay", set)())
     below = _layers_below(model) if layer_decay != 1.0 else defaultdict(int)
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[int, bool, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
-            groups[below[name], decays].append(parameter)
+            factor = next((f for glob, f in factors.items() if fnmatch.fnmatch(name, glob)), 1.0)
+            groups[below[name], decays, factor].append(parameter)
     return [
-        {"params": parameters, "lr": lr * layer_decay**depth, "weight_decay": weight_decay if decays else 0.0}
-        for (depth, decays), parameters in groups.items()
+        {
+            "params": parameters,
+            "lr": lr * layer_decay**depth * factor,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (depth, decays, factor), parameters in groups.items()
     ]
 
 

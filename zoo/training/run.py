@@ -34,7 +34,7 @@ from zoo.training.callbacks import Checkpoints, MetricsTable, Patience, Progress
 from zoo.training.checkpoint_io import AtomicCheckpointIO
 from zoo.training.data import DataModule
 from zoo.training.ema import EMA
-from zoo.training.finetune import adapt, merge_lora
+from zoo.training.finetune import adapt, changes, merge_lora
 from zoo.training.task import Task
 from zoo.weights.checkpoint import load_model, read_checkpoint, read_state_dict, save_model
 
@@ -106,11 +106,11 @@ def finetune(cfg: DictConfig) -> RunResult | None:
             f"{cfg.finetune.checkpoint} carries no model config. Give a run or its model.safetensors, or for "
             "an official file the name of the model: model=NAME."
         )
-    built = meta["model"]
+    built, task = meta["model"], _domain_of(meta["model"]).load("task")
     chosen = {
-        "model": {"name": built["name"], **built["config"]},
+        "model": {"name": built["name"], **built["config"], **changes(cfg.finetune, task.changes)},
         "domain": {"name": built["domain"]},
-        "data": _domain_of(built).load("task").data_options(meta["extra"], cfg.data),
+        "data": task.data_options(meta["extra"], cfg.data),
     }
     return train(cast(DictConfig, OmegaConf.merge(cfg, chosen)))
 
@@ -194,9 +194,9 @@ def _build(cfg: DictConfig, resumed: Path | None) -> tuple[DataModule, Task]:
     domain = get_domain(cfg.domain.name, cfg.model.name)
     data = _data(domain, {"seed": cfg.seed} | dict(cfg.data))
     data.setup("fit")
-    task_class = domain.load("task")
     started = resumed is not None or "finetune" not in cfg
-    task = task_class.build(cfg, data, None if started else task_class.transfer(_source(cfg), data))
+    task_class, other = domain.load("task"), {} if started else dict(cfg.finetune.get("changes", {}))
+    task = task_class.build(cfg, data, None if started else task_class.transfer(_source(cfg), data, **other))
     if "finetune" in cfg:
         adapt(task.model, cfg.finetune)
     if cfg.compile:

@@ -63,6 +63,8 @@ class Task(pl.LightningModule):
     monitor: ClassVar[str] = "val/loss"
     """Metric by which the best weights are chosen where `checkpointing.monitor` is null."""
     mode: ClassVar[str] = "min"
+    changes: ClassVar[tuple[str, ...]] = ()
+    """Arguments of a model that fine-tuning may change; `transfer` then takes them as keywords."""
 
     def __init__(self, model: nn.Module, cfg: DictConfig) -> None:
         super().__init__()

@@ -125,12 +125,17 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         CheckpointError: the file cannot be read, or was written by a newer version of the zoo.
     """
     state, metadata = read_tensors(path)
+    return state, told_by(metadata, path)
+
+
+def told_by(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    """`read_checkpoint`'s metadata from the text that a file carries."""
     meta = json.loads(metadata.get("zoo", "{}"))
     if meta.get("format", FORMAT) > FORMAT:
         raise CheckpointError(
             f"{path} was written by a newer attention-zoo (format {meta['format']}); upgrade to read it."
         )
-    return state, meta
+    return meta
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,18 @@ plain weights (BasicSR) the averaged ones are read."""
 PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before every name."""
 
+FAIRCHEM = "fairchem.core.units.mlip_unit.api.inference.MLIPInferenceCheckpoint"
+PICKLED = {FAIRCHEM: "domains.atoms.weights.pickled:read"}
+"""Classes of which programs pickle an object as their checkpoint, and what reads it: imported when needed."""
+
 LONGEST_HEADER = 100_000_000
 """Bytes of JSON that safetensors allows at the front of a file."""
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and text metadata of a weight file; the format is told by its content, not its suffix.
+
+    The metadata `official` are the options of an official program, as JSON, where its file tells them.
 
     Reads safetensors, PyTorch files (with `weights_only=True`), `.npz`, and TensorFlow V2 checkpoints by
     their prefix or either of their files.
@@ -46,11 +54,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         head = file.read(512)
     reject_stand_in(head, path)
     if head[:4] == b"PK\x03\x04":
-        return _read_zip(path), {}
+        return _read_zip(path)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
         return _read_safetensors(path)
     if head[:1] == b"\x80":
-        return _read_torch(path), {}
+        return _read_torch(path)
     raise CheckpointError(
         f"{path} is no weight file: neither safetensors, a PyTorch file, .npz nor a TensorFlow checkpoint."
     )
@@ -113,7 +121,7 @@ def _size_problem(path: Path) -> str:
 # ---- PyTorch and NumPy -------------------------------------------------------------------------------------
 
 
-def _read_zip(path: Path) -> dict[str, Tensor]:
+def _read_zip(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -121,7 +129,7 @@ def _read_zip(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is truncated or damaged (its zip directory is missing); fetch it again."
         ) from None
-    return _read_npz(path) if any(name.endswith(".npy") for name in names) else _read_torch(path)
+    return (_read_npz(path), {}) if any(name.endswith(".npy") for name in names) else _read_torch(path)
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -135,26 +143,56 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training programs keep their options
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        return _state_dict(load_torch(path), path), {}
+    except NamedObject as error:
+        if error.name not in PICKLED:
+            raise
+        module, _, function = PICKLED[error.name].partition(":")
+        return getattr(importlib.import_module(module), function)(path)
+
+
+class NamedObject(CheckpointError):
+    """A pickle names a class or function that is not built."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        super().__init__(
+            f"{path} would run code on loading (its pickle names {name}) and was not opened. If it is a "
+            "whole model, load it where its program is installed and save the state dict: "
+            "torch.save(model.state_dict(), 'weights.pth')."
+        )
+        self.name = name
+
+
+def load_torch(path: Path, stand_ins: Mapping[str, Any] | None = None) -> Any:
+    """The content of a PyTorch file of tensors and plain values, on the CPU.
+
+    Args:
+        stand_ins: what to build in the place of classes and functions that the file names, by their full
+            names, e.g. `{"program.config.Options": MyRecord}`. Nothing of these names is imported.
+
+    Raises:
+        CheckpointError: the file is damaged, or names anything else.
+    """
+    plain = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
+    try:
+        # Training programs keep their options in a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace, *plain]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(_explain_refusal(path, str(error))) from None
+        raise _refusal(path, str(error)) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), "it ends early")
         raise CheckpointError(f"{path} is truncated, damaged or no PyTorch state dict: {reason}") from None
-    return _state_dict(content, path)
 
 
-def _explain_refusal(path: Path, message: str) -> str:
+def _refusal(path: Path, message: str) -> CheckpointError:
     found = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", message)
-    if found is None:
-        return f"{path} is damaged, or a pickle that is not made of tensors only; it was not opened."
-    return (
-        f"{path} would run code on loading (its pickle names {found[1]}) and was not opened. If it is a "
-        "whole model, load it where its program is installed and save the state dict: "
-        "torch.save(model.state_dict(), 'weights.pth')."
+    if found is not None:
+        return NamedObject(path, found[1])
+    return CheckpointError(
+        f"{path} is damaged, or a pickle that is not made of tensors only; it was not opened."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,10 @@ class OfficialLayout:
     unofficial: ClassVar[tuple[str, ...]] = ()
     """Globs of our names that no official file holds, e.g. a graph buffer that `bind` fills."""
 
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Globs of names that the reader of a file gives to what lies in it beside the weights, e.g. the units of
+    the outputs. `to_zoo` takes them; `to_official` does not give them."""
+
     own_modules: ClassVar[tuple[str, ...]] = ()
     """Children of the model that the official program does not have, e.g. another pool. They start anew from
     official files, and keep our names where the model is written in the official layout."""
@@ -45,6 +50,12 @@ class OfficialLayout:
         The keyword parameters an implementation names are the official options; any other is refused.
         """
         raise NotImplementedError
+
+    @classmethod
+    def told(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Of the options that a file tells of the program that wrote it, those `config` knows."""
+        known = inspect.signature(cls.config).parameters
+        return {name: value for name, value in options.items() if name in known}
 
     @staticmethod
     def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

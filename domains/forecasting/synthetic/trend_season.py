@@ -27,8 +27,9 @@ def trend_season(rng: np.random.Generator, length: int) -> np.ndarray:
 
 
 def trend_line(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
-    """None, linear, exponential, logistic, piecewise linear, or a walk with or without a drifting slope."""
-    x, kind = t / len(t), rng.integers(7)
+    """None, linear, exponential, logistic, piecewise linear, a walk with or without a drifting slope, or one
+    that comes back to its mean."""
+    x, kind = t / len(t), rng.integers(8)
     size = rng.normal(0, 1.5)
     if kind == 1:
         return size * x
@@ -49,6 +50,10 @@ def trend_line(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
         slope = np.asarray(lfilter([1.0], [1.0, -rng.uniform(0.8, 0.99)], rng.standard_normal(len(t))))
         walk = np.cumsum(slope + rng.normal(0, 1) * slope.std())
         return 2 * size * walk / max(float(np.abs(walk).max()), 1e-6)
+    if kind == 7:
+        memory = rng.uniform(0.9, 0.995)
+        draw = np.sqrt(1 - memory**2) * rng.standard_normal(len(t))
+        return size * np.asarray(lfilter([1.0], [1.0, -memory], draw))
     return np.zeros(len(t))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.bench.attention import heads, neighbourhood, scan, select, sharing
+from zoo.bench.attention import deformable, heads, neighbourhood, scan, select, sharing
 from zoo.bench.suite import Suite
 
-SUITE = Suite.join(module.SUITE for module in (heads, sharing, scan, neighbourhood, select))
+SUITE = Suite.join(module.SUITE for module in (heads, sharing, scan, neighbourhood, select, deformable))

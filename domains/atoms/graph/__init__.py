@@ -1,0 +1,1 @@
+"""From positions to what the models see: pairs, ranked neighbours, tables, features of geometry."""

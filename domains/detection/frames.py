@@ -1,0 +1,118 @@
+"""The pictures of files: one of an image, many of an animation or a video."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageSequence
+
+from domains.detection.pictures import is_picture, read_rgb
+from zoo.errors import ConfigError, DataError, MissingExtra
+
+VIDEOS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"})
+
+
+class Frame(NamedTuple):
+    """A picture to predict from."""
+
+    file: Path
+    number: int | None
+    """Of a video or animation."""
+    image: Image.Image
+
+    @property
+    def name(self) -> str:
+        return self.file.name if self.number is None else f"{self.file.name}#{self.number}"
+
+
+def find_inputs(source: str | None) -> list[Path]:
+    """The images and videos of a file, a folder with its subfolders, or a glob.
+
+    Raises:
+        ConfigError: nothing was asked for.
+        DataError: nothing is there.
+    """
+    if not source:
+        raise ConfigError("zoo predict needs images: input=FILE, input=FOLDER or input='FOLDER/*.png'.")
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _is_input(file))
+    else:
+        found = sorted(Path(file) for file in glob.glob(source, recursive=True) if Path(file).is_file())
+    if not found:
+        what = "has no images" if path.is_dir() else "is no file or folder, nor a pattern that matches"
+        raise DataError(f"input={source} {what}.")
+    return found
+
+
+def _is_input(file: Path) -> bool:
+    return is_picture(file) or (file.suffix.lower() in VIDEOS and not file.name.startswith("."))
+
+
+def read_frames(file: Path) -> Iterator[Frame]:
+    """The pictures of a file, one after the other.
+
+    Raises:
+        DataError: it cannot be read.
+        MissingExtra: a video, and neither PyAV nor OpenCV is installed.
+    """
+    suffix = file.suffix.lower()
+    if suffix in VIDEOS:
+        for number, image in enumerate(_video(file)):
+            yield Frame(file, number, image)
+    elif suffix in (".gif", ".webp") and (count := _count(file)) > 1:
+        with Image.open(file) as animation:
+            for number, image in zip(range(count), ImageSequence.Iterator(animation), strict=False):
+                yield Frame(file, number, image.convert("RGB"))
+    else:
+        yield Frame(file, None, read_rgb(file))
+
+
+def _count(file: Path) -> int:
+    try:
+        with Image.open(file) as image:
+            return getattr(image, "n_frames", 1)
+    except OSError:
+        return 1  # `read_rgb` says what is wrong
+
+
+def _video(file: Path) -> Iterator[Image.Image]:
+    """By PyAV or OpenCV, whichever there is."""
+    if importlib.util.find_spec("av") is not None:
+        yield from _by_av(file)
+    elif importlib.util.find_spec("cv2") is not None:
+        yield from _by_opencv(file)
+    else:
+        raise MissingExtra(
+            f"{file} is a video, which needs PyAV (pip install av) or OpenCV (pip install "
+            "opencv-python-headless)."
+        )
+
+
+def _by_av(file: Path) -> Iterator[Image.Image]:
+    av: Any = importlib.import_module("av")
+    try:
+        with av.open(str(file)) as container:
+            for frame in container.decode(video=0):
+                yield frame.to_image().convert("RGB")
+    except (OSError, IndexError, ValueError) as error:  # errors of PyAV are of these kinds
+        raise DataError(f"{file} cannot be read as a video: {error}.") from None
+
+
+def _by_opencv(file: Path) -> Iterator[Image.Image]:
+    cv2: Any = importlib.import_module("cv2")
+    video = cv2.VideoCapture(str(file))
+    read, any_read = video.read(), False
+    while read[0]:
+        any_read = True
+        yield Image.fromarray(read[1][..., ::-1].copy())
+        read = video.read()
+    video.release()
+    if not any_read:
+        raise DataError(f"{file} cannot be read as a video.")
