@@ -126,8 +126,8 @@ def _tool() -> tuple[Any, Any]:
 
         return COCO, COCOeval_faster
     if importlib.util.find_spec("pycocotools") is not None:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
+        from pycocotools.coco import COCO  # pyright: ignore[reportMissingModuleSource]
+        from pycocotools.cocoeval import COCOeval  # pyright: ignore[reportMissingModuleSource]
 
         return COCO, COCOeval
     raise MissingExtra('COCO metrics need faster-coco-eval: pip install "attention-zoo[detection]"')
