@@ -159,7 +159,7 @@ def _filled(order: np.ndarray, natoms: np.ndarray, packs: int) -> list[list[int]
 
 
 def random_rotation(draw: np.random.Generator) -> Tensor:
-    """`(3, 3)` float64, uniform over all rotations: of a random unit quaternion."""
+    """`(3, 3)` float64, uniform over all rotations: of a normal quaternion (Shoemake 1992)."""
     w, x, y, z = (q := draw.normal(size=4)) / np.linalg.norm(q)
     return torch.tensor(
         [

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from domains.atoms.batches import random_rotation
 from domains.atoms.graph.pairs import pairs_of
 from domains.atoms.models.potential import Potential
 from domains.atoms.structures import Structures
@@ -145,20 +147,6 @@ def principal_frames(structures: Structures) -> Tensor:
 
 
 def random_rotations(count: int, seed: int) -> Tensor:
-    """`(count, 3, 3)`, uniform over all rotations, from normal quaternions (Shoemake 1992)."""
-    draw = torch.Generator().manual_seed(seed)
-    w, x, y, z = torch.nn.functional.normalize(
-        torch.randn(count, 4, generator=draw, dtype=torch.float64), dim=1
-    ).unbind(1)
-    rows = [
-        1 - 2 * (y * y + z * z),
-        2 * (x * y - z * w),
-        2 * (x * z + y * w),
-        2 * (x * y + z * w),
-        1 - 2 * (x * x + z * z),
-        2 * (y * z - x * w),
-        2 * (x * z - y * w),
-        2 * (y * z + x * w),
-        1 - 2 * (x * x + y * y),
-    ]
-    return torch.stack(rows, 1).view(count, 3, 3)
+    """`(count, 3, 3)`, uniform over all rotations."""
+    draw = np.random.default_rng(seed)
+    return torch.stack([random_rotation(draw) for _ in range(count)])

@@ -105,7 +105,6 @@ def test_own_weights_round_trip_and_results_are_pixels(name: str, tmp_path: Any)
     assert (found["boxes"][:, 2:] > found["boxes"][:, :2]).all()
 
 
-@pytest.mark.slow
 @each
 def test_compiles_in_one_graph(name: str) -> None:
     model, batch = _small(name), _batch()

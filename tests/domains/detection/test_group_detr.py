@@ -260,7 +260,6 @@ def test_transformer_compiles_in_one_graph() -> None:
     _close(compiled(features, batch.mask), model.detect(features, batch.mask))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_in_one_graph(training: bool) -> None:
     model, batch = small_detr(), _batch()

@@ -203,7 +203,6 @@ def test_results_are_the_best_pairs_in_pixels() -> None:
 # ---- running -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     torch._dynamo.reset()
     model, (images, mask) = small(dec_layers=1, num_levels=2), padded_batch()

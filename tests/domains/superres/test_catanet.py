@@ -276,7 +276,6 @@ def _share(rank: int, port: int, layer: TokenAggregation, x: Tensor, folder: Pat
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_centres_are_those_of_all_processes(unused_tcp_port: int, tmp_path: Path) -> None:
     layer = token_layer(num_tokens=7).double()  # 20 tokens in 7 runs: no two of the same tokens
     x = torch.randn(2, 4, 5, 12, dtype=torch.float64)
