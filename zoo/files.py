@@ -1,15 +1,16 @@
-"""Files appear whole or not at all: write beside the target, flush to disk, move into place."""
+"""Files are found by folder or pattern, and appear whole or not at all: written beside, then moved into place."""
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from zoo.errors import ZooError
+from zoo.errors import DataError, ZooError
 
 
 @contextmanager
@@ -56,3 +57,22 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def find_files(source: str, wanted: Callable[[Path], bool]) -> list[Path]:
+    """A file itself, those `wanted` in a folder with its subfolders, or those that match a glob, in order.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and wanted(file))
+    else:
+        found = sorted(Path(file) for file in glob.glob(source, recursive=True) if Path(file).is_file())
+    if not found:
+        nowhere = "is no file or folder, and as a pattern matches nothing"
+        raise DataError(f"input={source} {'has no images' if path.is_dir() else nowhere}.")
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image, ImageSequence
 
 from domains.detection.pictures import is_picture, read_rgb
 from zoo.errors import ConfigError, DataError, MissingExtra
+from zoo.files import find_files
 
 VIDEOS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"})
 
@@ -38,17 +38,7 @@ def find_inputs(source: str | None) -> list[Path]:
     """
     if not source:
         raise ConfigError("zoo predict needs images: input=FILE, input=FOLDER or input='FOLDER/*.png'.")
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _is_input(file))
-    else:
-        found = sorted(Path(file) for file in glob.glob(source, recursive=True) if Path(file).is_file())
-    if not found:
-        what = "has no images" if path.is_dir() else "is no file or folder, nor a pattern that matches"
-        raise DataError(f"input={source} {what}.")
-    return found
+    return find_files(source, _is_input)
 
 
 def _is_input(file: Path) -> bool:

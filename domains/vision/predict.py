@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,7 @@ from domains.vision.plots import contact_sheet
 from domains.vision.preprocess import Preprocessing
 from zoo.cli.console import console
 from zoo.errors import ConfigError, DataError, did_you_mean
-from zoo.files import atomic_path
+from zoo.files import atomic_path, find_files
 from zoo.plots import GREEN, GREY, VERMILION
 
 SHEET = 48
@@ -79,17 +78,7 @@ def find_images(source: str | None) -> list[Path]:
     """
     if not source:
         raise ConfigError("zoo predict needs images: input=FILE, input=FOLDER or input='FOLDER/*.jpg'.")
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and is_image(file))
-    else:
-        found = sorted(Path(file) for file in glob.glob(source, recursive=True) if Path(file).is_file())
-    if not found:
-        what = "has no images" if path.is_dir() else "is no file or folder, and as a pattern matches nothing"
-        raise DataError(f"input={source} {what}.")
-    return found
+    return find_files(source, is_image)
 
 
 def class_names(model: nn.Module, facts: Mapping[str, Any], file: str | None) -> list[str]:

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from domains.atoms.graph.features import DistanceExpansion, log_envelope, order_parameters
 from domains.atoms.graph.harmonics import legendre, spherical_harmonics
-from domains.atoms.models.layers import ACTIVATIONS, NORMS, Dense, FeedForward, check_choice, turned_logits
+from domains.atoms.models.layers import (
+    ACTIVATIONS,
+    NORMS,
+    Dense,
+    FeedForward,
+    check_choice,
+    check_heads,
+    turned_logits,
+)
 from zoo.attention import Groups, attend
 from zoo.errors import ConfigError
 
@@ -59,14 +67,7 @@ class Sizes:
     attn_dropout: float
 
     def __post_init__(self) -> None:
-        heads, width = self.num_heads, self.hidden_size
-        if heads < 1 or width % heads:
-            raise ConfigError(f"hidden_size={width} is not divisible by num_heads={heads}.")
-        if self.frequency_list is not None and sum(self.frequency_list) != self.head_dim:
-            raise ConfigError(
-                f"frequency_list={list(self.frequency_list)} adds up to {sum(self.frequency_list)}, but a "
-                f"head has hidden_size / num_heads = {self.head_dim} channels."
-            )
+        check_heads(self.hidden_size, self.num_heads, self.frequency_list)
         if self.num_layers < 1:
             raise ConfigError(f"num_layers is at least 1, not {self.num_layers}.")
         check_choice("activation", self.activation, ACTIVATIONS)

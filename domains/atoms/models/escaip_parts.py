@@ -16,9 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from domains.atoms.models.layers import ACTIVATIONS, NORMS, Dense, FeedForward, check_choice, turned_logits
+from domains.atoms.models.layers import (
+    ACTIVATIONS,
+    NORMS,
+    Dense,
+    FeedForward,
+    check_choice,
+    check_heads,
+    turned_logits,
+)
 from zoo.attention import attend
-from zoo.errors import ConfigError
 
 ANGLES = ("none", "scalar", "bias")
 recomputed: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -63,14 +70,7 @@ class Sizes:
     drop_path: float
 
     def __post_init__(self) -> None:
-        heads, width = self.num_heads, self.hidden_size
-        if heads < 1 or width % heads:
-            raise ConfigError(f"hidden_size={width} is not divisible by num_heads={heads}.")
-        if self.frequency_list is not None and sum(self.frequency_list) != self.head_dim:
-            raise ConfigError(
-                f"frequency_list={list(self.frequency_list)} adds up to {sum(self.frequency_list)}, but a "
-                f"head has hidden_size / num_heads = {self.head_dim} channels."
-            )
+        check_heads(self.hidden_size, self.num_heads, self.frequency_list)
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("normalization", self.normalization, NORMS)
         check_choice("angle_embedding", self.angle_embedding, ANGLES)

@@ -51,6 +51,17 @@ def check_choice(name: str, value: str, known: Mapping[str, object] | Sequence[s
         raise ConfigError(f"{name} is one of {', '.join(known)}, not {value!r}.{did_you_mean(value, known)}")
 
 
+def check_heads(width: int, heads: int, groups: Sequence[int] | None) -> None:
+    """A ConfigError where heads do not share the width, or groups of channels do not fill a head."""
+    if heads < 1 or width % heads:
+        raise ConfigError(f"hidden_size={width} is not divisible by num_heads={heads}.")
+    if groups is not None and sum(groups) != width // heads:
+        raise ConfigError(
+            f"frequency_list={list(groups)} adds up to {sum(groups)}, but a head has "
+            f"hidden_size / num_heads = {width // heads} channels."
+        )
+
+
 class Dense(nn.Linear):
     """A linear map, its activation and dropout."""
 
