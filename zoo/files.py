@@ -1,4 +1,4 @@
-"""Files are found by folder or pattern, and appear whole or not at all: written beside, then moved into place."""
+"""Files are found by folder or pattern, and appear whole or not at all: written beside, then moved."""
 
 from __future__ import annotations
 

@@ -78,6 +78,8 @@ class Domain:
     predict: str = ""
     bench: str = ""
     explain: str = ""
+    judge: str = ""
+    """Function from a file of results of any program, and data, to what a tested task offers."""
     verbs: dict[str, str] = field(default_factory=dict)
     """What only this domain does with trained weights, as `relax`: verb of the command line -> part."""
     detect: str = ""
@@ -88,7 +90,7 @@ class Domain:
     """Arguments without default, for a typical data set: what cards are counted with."""
 
     def load(self, part: str) -> Any:
-        """The object behind `task`, `data`, `predict`, `explain`, `bench` or one of `verbs`.
+        """The object behind `task`, `data`, `predict`, `explain`, `judge`, `bench` or one of `verbs`.
 
         Raises:
             ConfigError: the domain has no such part.
@@ -546,6 +548,30 @@ def detect_model(state: dict[str, Tensor]) -> str | None:
 def official_wrapper(model: nn.Module) -> str | None:
     """The key under which PyTorch files of a model's official program hold the weights."""
     return _layout(_entry_of(model)).wrapper
+
+
+def to_other(model: nn.Module, program: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What a PyTorch file of another program holds of this model, the tensors under `state_dict`.
+
+    Args:
+        extra: what the model's checkpoint holds beside the weights.
+
+    Raises:
+        ConfigError: the program does not have the model.
+        CheckpointError: it has no place for some part of the model.
+    """
+    entry = _entry_of(model)
+    known = entry.official.others if entry.official else {}
+    if program not in known:
+        raise ConfigError(f"{program} has no {entry.card.name!r}, so that it cannot be written for it.")
+    return load_object(known[program])(model, extra)
+
+
+def facts_of_file(model: nn.Module, checkpoint: str | Path) -> dict[str, Any]:
+    """The `extra` that an official file tells of a model that was read from it; empty: it tells none."""
+    if Path(checkpoint).is_dir():
+        return {}
+    return _layout(_entry_of(model)).facts(model, read_tensors(checkpoint)[1])
 
 
 def load_weights(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor | np.ndarray]) -> LoadReport:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import DictConfig
+from rich import box
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
@@ -205,7 +206,9 @@ def _report(done: Sequence[Relaxation], cfg: DictConfig, folder: Path) -> list[P
 
 
 def _table(done: Sequence[Relaxation]) -> Table:
-    table = Table("structure", title="Relaxed", title_justify="left")
+    table = Table(
+        "structure", title="Relaxed", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for heading in ("atoms", "steps", "eV\nbefore", "\nafter", "largest force\neV/Å after", "volume"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
@@ -217,7 +220,7 @@ def _table(done: Sequence[Relaxation]) -> Table:
             str(steps),
             *(f"{value:.4f}" for value in (energy, last_energy, force)),
             f"{100 * (last_volume / volume - 1):+.2f}%" if volume > 0 else "",
-            "" if course.converged else "not converged",
+            "" if course.converged else "stopped early",
         )
     return table
 

@@ -35,8 +35,8 @@ def error_table(results: Mapping[str, Any], title: str = "Test errors") -> Table
     rows = [results["mean"], results["baseline"], *results["groups"].values()]
     shown = [field for field in FIELDS if any(row.get(field[0]) is not None for row in rows)]
     table = Table(title=f"{title}; F per component of free atoms", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.add_column("config_type", no_wrap=True)
-    table.add_column("frames", justify="right")
+    table.add_column("config_type", overflow="fold")
+    table.add_column("frames", justify="right", no_wrap=True)
     for _, heading, _, _ in shown:
         table.add_column(heading, justify="right", no_wrap=True)
     if len(results["groups"]) > 1:

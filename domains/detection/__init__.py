@@ -24,6 +24,7 @@ register_domain(
         task="domains.detection.task:DetectionTask",
         data="domains.detection.data:DetectionData",
         predict="domains.detection.predict:predict",
+        judge="domains.detection.judge:judge",
         detect="domains.detection.weights.detect:detect",
         example_inputs="domains.detection:example_inputs",
     )

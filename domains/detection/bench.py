@@ -1,9 +1,10 @@
 """`zoo bench suite=detection`: Group DETR and Group Pose beside their plain layouts, pictures, matching and
-training."""
+training; where mmdet is installed, Conditional DETR beside mmdet's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -176,6 +177,15 @@ def stepped(network: nn.Module, loss: Tensor) -> Tensor:
     return torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
 
 
+def beside_mmdet() -> tuple[Case, ...]:
+    """None where mmdet is not installed."""
+    if find_spec("mmdet") is None:
+        return ()
+    from domains.detection.openmmlab.bench import CASES
+
+    return CASES
+
+
 SUITE = Suite(
     (
         inference(480, 640, target=1.25),
@@ -184,5 +194,6 @@ SUITE = Suite(
         matching(8, 30),
         training(2, 480, 640),
         pose_inference(480, 640, target=1.5, rounds=5),
+        *beside_mmdet(),
     )
 )

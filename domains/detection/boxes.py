@@ -46,13 +46,25 @@ def centred_giou(a: Tensor, b: Tensor) -> Tensor:
     return _generalized_iou(to_corners(a), to_corners(b))
 
 
-def _generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+def centred_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of (cx, cy, w, h) with w, h of at least 0, broadcast."""
+    overlap, union = _overlap_and_union(to_corners(a), to_corners(b))
+    return overlap / union
+
+
+def _overlap_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     sizes = area(a) + area(b)
     a, b = coordinates(a), coordinates(b)
     inner = [torch.minimum(a[i + 2], b[i + 2]) - torch.maximum(a[i], b[i]) for i in (0, 1)]
+    overlap = inner[0].clamp(min=0) * inner[1].clamp(min=0)
+    return overlap, sizes - overlap
+
+
+def _generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    overlap, union = _overlap_and_union(a, b)
+    a, b = coordinates(a), coordinates(b)
     outer = [torch.maximum(a[i + 2], b[i + 2]) - torch.minimum(a[i], b[i]) for i in (0, 1)]
-    overlap, hull = inner[0].clamp(min=0) * inner[1].clamp(min=0), outer[0] * outer[1]
-    union = sizes - overlap
+    hull = outer[0] * outer[1]
     return overlap / union - (hull - union) / hull
 
 

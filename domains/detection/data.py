@@ -28,7 +28,7 @@ from zoo.training.data import DataModule
 PARTS = ("train", "val", "test")
 SPLIT = (0.8, 0.1, 0.1)
 CHOICES = {
-    "name": ("scenes", "figures", "coco", "yolo", "voc"),
+    "name": ("scenes", "figures", "coco", "yolo", "voc", "labelme"),
     "invalid": ("drop", "error"),
     "corrupt": ("error", "skip"),
 }
@@ -43,7 +43,7 @@ class DetectionData(DataModule):
 
     Args:
         name: `scenes` (coloured shapes) and `figures` (stick figures with keypoints) are embedded; `coco`
-            (COCO, CrowdPose, Roboflow's export), `yolo` and `voc` are files of your own.
+            (COCO, CrowdPose, Roboflow's export), `yolo`, `voc` and `labelme` are files of your own.
         path: a folder in the layout of the format, or one file of annotations, which is split.
         train, val, test: instead, a COCO json file for each part; without `val` or `test`, shares of `train`.
         images: the folder of images, where it is none of the usual.
@@ -128,26 +128,29 @@ class DetectionData(DataModule):
         """Read, look through and split the annotations; once, whatever the stage.
 
         Args:
-            stage: `test`, of data that nothing is trained on: all of data without parts are tested.
+            stage: `test`, of data that nothing is trained on: all of data without parts are tested; or
+                `results`, to judge what was found: the same, whether or not the images are there.
         """
         if hasattr(self, "parts"):
             return
-        read = self._read()
+        only_tested = stage in ("test", "results")
+        read = self._read(images_needed=stage != "results")
         check_agree(read)
         for part in read.values():
             if self.invalid == "error":
                 part.findings.refuse()
-        if stage == "test":
+        if only_tested:
             read = {"test": next(read[part] for part in ("test", "val", "all", "train") if part in read)}
-        read = {part: self._readable(found) for part, found in read.items()}
+        if stage != "results":
+            read = {part: self._readable(found) for part, found in read.items()}
         if self.unreadable:
             self._report_unreadable()
         nothing = next(iter(read.values())).subset(())
-        self.parts = {"train": nothing, "val": nothing, **read} if stage == "test" else self._split(read)
-        for part in ("test",) if stage == "test" else PARTS:
+        self.parts = {"train": nothing, "val": nothing, **read} if only_tested else self._split(read)
+        for part in ("test",) if only_tested else PARTS:
             if not len(self.parts[part]):
                 raise DataError(f"No image is left for the {part} part: see data.split, or give more images.")
-        if stage != "test":
+        if not only_tested:
             self._prepare_training()
         self.classes, self.category_ids = self._main.classes, self._main.category_ids
         self.number_of = np.arange(len(self.classes))
@@ -163,7 +166,7 @@ class DetectionData(DataModule):
         """Of poses."""
         return self._main.skeleton if self.keypoints else None
 
-    def _read(self) -> dict[str, Collection]:
+    def _read(self, *, images_needed: bool = True) -> dict[str, Collection]:
         if self.embedded:
             folder = scenes.scene_files(self.source, self.count)
             return {
@@ -178,6 +181,7 @@ class DetectionData(DataModule):
             files=self.files,
             images=self.images,
             keypoints=self.keypoints,
+            images_needed=images_needed,
         )
 
     def _split(self, read: Mapping[str, Collection]) -> dict[str, Collection]:

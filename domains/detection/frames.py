@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageSequence
+from PIL import Image
 
-from domains.detection.pictures import is_picture, read_rgb
+from domains.detection.pictures import is_picture, opened, read_rgb
 from zoo.errors import ConfigError, DataError, MissingExtra
 from zoo.files import find_files
 
@@ -57,32 +57,38 @@ def read_frames(file: Path) -> Iterator[Frame]:
         for number, image in enumerate(_video(file)):
             yield Frame(file, number, image)
     elif suffix in (".gif", ".webp") and (count := _count(file)) > 1:
-        with Image.open(file) as animation:
-            for number, image in zip(range(count), ImageSequence.Iterator(animation), strict=False):
-                yield Frame(file, number, image.convert("RGB"))
+        for number, image in enumerate(_animation(file, count)):
+            yield Frame(file, number, image)
     else:
         yield Frame(file, None, read_rgb(file))
 
 
 def _count(file: Path) -> int:
-    try:
-        with Image.open(file) as image:
-            return getattr(image, "n_frames", 1)
-    except OSError:
-        return 1  # `read_rgb` says what is wrong
+    with opened(file) as image:
+        return getattr(image, "n_frames", 1)
+
+
+def _animation(file: Path, count: int) -> Iterator[Image.Image]:
+    with opened(file) as animation:
+        for number in range(count):
+            animation.seek(number)
+            yield animation.convert("RGB")
+
+
+def check_readers(files: Iterable[Path]) -> None:
+    """Raises `MissingExtra` for a video among the files where no library that reads it is installed."""
+    video = next((file for file in files if file.suffix.lower() in VIDEOS), None)
+    if video and not any(importlib.util.find_spec(name) for name in ("av", "cv2")):
+        raise MissingExtra(
+            f"{video} is a video, which needs PyAV (pip install av) or OpenCV (pip install "
+            "opencv-python-headless)."
+        )
 
 
 def _video(file: Path) -> Iterator[Image.Image]:
     """By PyAV or OpenCV, whichever there is."""
-    if importlib.util.find_spec("av") is not None:
-        yield from _by_av(file)
-    elif importlib.util.find_spec("cv2") is not None:
-        yield from _by_opencv(file)
-    else:
-        raise MissingExtra(
-            f"{file} is a video, which needs PyAV (pip install av) or OpenCV (pip install "
-            "opencv-python-headless)."
-        )
+    check_readers([file])
+    yield from _by_av(file) if importlib.util.find_spec("av") else _by_opencv(file)
 
 
 def _by_av(file: Path) -> Iterator[Image.Image]:

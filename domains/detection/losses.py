@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from domains.detection.boxes import centred_giou, coordinates
+from domains.detection.boxes import centred_giou, centred_iou, coordinates
 from zoo.errors import DataError
 
 Fields = Mapping[str, Tensor]
@@ -89,9 +90,28 @@ class Focal:
         negative = (1 - self.cost_alpha) * p**self.gamma * -(1 - p + 1e-8).log()
         return positive - negative
 
-    def loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Of each entry; `classes` holds the one-hot targets."""
-        return sigmoid_focal_loss(logits, classes, alpha=self.alpha, gamma=self.gamma)
+    def aim(self, logits: Tensor, predicted: Fields, found: Fields) -> Tensor:
+        """What the scores of the matched classes are to reach, `(...)` as their logits."""
+        return torch.ones_like(logits)
+
+    def loss(self, logits: Tensor, aims: Tensor) -> Tensor:
+        """Of each entry; `aims` is 0 where nothing is matched."""
+        return sigmoid_focal_loss(logits, aims, alpha=self.alpha, gamma=self.gamma)
+
+
+@dataclass(frozen=True)
+class IoUAware(Focal):
+    """A score that says how well its box fits (LW-DETR, Chen et al. 2024, equation 2): matched classes aim at
+    `score^alpha IoU^(1 - alpha)` instead of 1."""
+
+    def aim(self, logits: Tensor, predicted: Fields, found: Fields) -> Tensor:
+        with torch.no_grad():
+            overlap = centred_iou(predicted["boxes"], found["boxes"]).clamp(min=0)
+            return (logits.sigmoid() ** self.alpha * overlap ** (1 - self.alpha)).clamp(min=0.01)
+
+    def loss(self, logits: Tensor, aims: Tensor) -> Tensor:
+        error = F.binary_cross_entropy_with_logits(logits, aims, reduction="none")
+        return torch.where(aims > 0, error, logits.sigmoid() ** self.gamma * error)
 
 
 def check_targets(targets: Sequence[Fields], num_classes: int, fields: Sequence[str]) -> None:
@@ -130,11 +150,6 @@ def mean_over_ranks(count: Tensor) -> Tensor:
     count = count.clone()
     dist.all_reduce(count)
     return count / dist.get_world_size()
-
-
-def one_hot(shape: torch.Size, index: tuple[Tensor, ...], device: torch.device) -> Tensor:
-    """Zeros `shape` with ones at `index`."""
-    return torch.zeros(shape, device=device).index_put_(index, torch.ones((), device=device))
 
 
 def wide(fields: Fields) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from domains.detection.losses import Fields, Focal, Term, check_targets, mean_over_ranks, one_hot, wide
+from domains.detection.losses import Fields, Focal, Term, check_targets, mean_over_ranks, wide
+from domains.detection.models.denoising import Denoised, Noised
 from zoo.errors import ConfigError, DataError
 
 
@@ -128,6 +129,7 @@ class SetLoss:
     def __init__(self, terms: Sequence[Term], focal: Focal | None = None) -> None:
         self.terms, self.focal = tuple(terms), focal or Focal()
         self.matcher = Matcher(self.terms, self.focal)
+        self._fields = ["logits", *(name for term in self.terms for name in term.fields)]
 
     def __call__(
         self, outputs: Sequence[Fields], targets: Sequence[Fields], groups: int = 1
@@ -144,15 +146,27 @@ class SetLoss:
         Raises:
             ConfigError, DataError: see `Matcher` and `check_targets`.
         """
-        stacked = stack(outputs, ["logits", *(name for term in self.terms for name in term.fields)])
+        stacked = stack(outputs, self._fields)
         reads = [name for term in self.terms for name in term.reads]
         check_targets(targets, stacked["logits"].shape[-1], reads)
         matches = self.matcher(stacked, targets, groups)
         with torch.autocast(stacked["logits"].device.type, enabled=False):
             parts = self.parts(stacked, targets, matches, groups)
+        return self._total(parts), dict(_named(parts))
+
+    def denoising(self, denoised: Denoised, targets: Sequence[Fields]) -> Tensor:
+        """The same loss of noised objects, each of which is matched with its own."""
+        noised = denoised["noised"]
+        fields = stack(denoised["outputs"], self._fields)
+        # What only fills up says "nothing" with no loss.
+        fields["logits"] = fields["logits"].masked_fill(~noised.real[..., None], -100.0)
+        with torch.autocast(fields["logits"].device.type, enabled=False):
+            parts = self.parts(fields, targets, own_objects(noised, len(fields["logits"])), noised.groups)
+        return self._total(parts)
+
+    def _total(self, parts: Mapping[str, Tensor]) -> Tensor:
         weights = {"ce": self.focal.weight} | {term.name: term.weight for term in self.terms}
-        total = torch.stack([weights[name] * part.sum() for name, part in parts.items()]).sum()
-        return total, dict(_named(parts))
+        return torch.stack([weights[name] * part.sum() for name, part in parts.items()]).sum()
 
     def parts(
         self, stacked: Fields, targets: Sequence[Fields], matches: Matches, groups: int
@@ -164,12 +178,23 @@ class SetLoss:
         layer = torch.arange(len(logits), device=logits.device)[:, None].expand_as(matches.query)
         at = (layer, matches.image.expand_as(matches.query), matches.query)
         found = joined(targets, {"labels", *(name for term in self.terms for name in term.reads)}, matches)
-        classes = one_hot(logits.shape, (*at, found["labels"]), logits.device)
-        parts = {"ce": self.focal.loss(logits, classes).sum((1, 2, 3)) / scale}
+        predicted = {name: stacked[name][at] for term in self.terms for name in term.fields}
+        entry = (*at, found["labels"])
+        aims = torch.zeros_like(logits).index_put_(entry, self.focal.aim(logits[entry], predicted, found))
+        parts = {"ce": self.focal.loss(logits, aims).sum((1, 2, 3)) / scale}
         for term in self.terms:
-            predicted = {name: stacked[name][at] for name in term.fields}
             parts[term.name] = term.distance(predicted, found).sum(-1) / scale
         return parts
+
+
+def own_objects(noised: Noised, layers: int) -> Matches:
+    """The queries that are to find an object, with it, in each of so many layers."""
+    per_group = noised.real.unflatten(1, (noised.groups, 2, -1))
+    finds = torch.zeros_like(per_group)
+    finds[:, :, 0] = per_group[:, :, 0]
+    image, query = finds.flatten(1).nonzero(as_tuple=True)
+    target = query % per_group.shape[-1]
+    return Matches(image, query.expand(layers, -1), target.expand(layers, -1))
 
 
 def stack(outputs: Sequence[Fields], names: Sequence[str]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,11 @@ def coco_scores(
         sigmas: of the keypoints; None: those of COCO.
 
     Raises:
-        DataError: results of images that the annotations do not list, or not in this format.
+        DataError: results of images or categories that the annotations do not list, or not in this format.
         MissingExtra: neither faster-coco-eval nor pycocotools is installed.
     """
     content = load_json(Path(truth)) if isinstance(truth, str | Path) else copy.deepcopy(dict(truth))
-    entries = load_json(Path(results)) if isinstance(results, str | Path) else [dict(r) for r in results]
+    entries = load_json(Path(results)) if isinstance(results, str | Path) else results
     _check(content, entries, kind)
     if kind == "crowdpose":
         for entry in content["annotations"]:
@@ -79,7 +80,7 @@ def coco_scores(
 
 def _subset(
     content: dict[str, Any],
-    entries: list[dict[str, Any]],
+    entries: Sequence[Mapping[str, Any]],
     limits: tuple[float, float],
     sigmas: Sequence[float] | None,
 ) -> float | None:
@@ -96,7 +97,7 @@ def _subset(
 
 def _judged(
     content: dict[str, Any],
-    entries: list[dict[str, Any]],
+    entries: Sequence[Mapping[str, Any]],
     kind: str,
     sigmas: Sequence[float] | None,
 ) -> Any:
@@ -146,21 +147,58 @@ def _nothing(content: dict[str, Any], kind: str) -> dict[str, Any]:
     return {**entry, "keypoints": [-1e6, -1e6, 1.0] * (lengths[0] // 3 if lengths else 1)}
 
 
-def _check(content: Any, entries: Any, kind: str) -> None:
-    if not isinstance(entries, list):
+def _check(content: Mapping[str, Any], entries: Any, kind: str) -> None:
+    """Raises `DataError` for results that are of no known image or category, or not of the format."""
+    if not isinstance(entries, list | tuple):
         raise DataError("Results are a list of objects with image_id, category_id and score.")
     images = {image["id"] for image in content["images"]}
+    names = {category["id"]: category["name"] for category in content["categories"]}
     field = "bbox" if kind == "bbox" else "keypoints"
+    count = 4 if kind == "bbox" else _numbers_of_poses(content)
     for place, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise DataError(f"Result {place} is {entry!r}: an object with image_id and score is expected.")
         missing = [key for key in ("image_id", "category_id", "score", field) if key not in entry]
         if missing:
-            raise DataError(f"Result {place} has no {missing[0]!r}.")
+            raise DataError(f"Result {place} has no {missing[0]!r}.{_other_kind(missing[0], entry)}")
         if entry["image_id"] not in images:
             raise DataError(
-                f"Result {place} is of image {entry['image_id']}, which the annotations do not list."
+                f"Result {place} is of image {entry['image_id']!r}, which the annotations do not list."
             )
-        if not np.isfinite(entry["score"]) or not np.isfinite(entry[field]).all():
-            raise DataError(f"Result {place} (image id {entry['image_id']}) has numbers that are not finite.")
+        where = f"Result {place} (image id {entry['image_id']})"
+        if entry["category_id"] not in names:
+            known = ", ".join(f"{number} ({name})" for number, name in list(names.items())[:10])
+            raise DataError(
+                f"{where} is of category {entry['category_id']!r}; the annotations have {known}"
+                f"{', ...' if len(names) > 10 else ''}. Results name categories by these ids."
+            )
+        _check_numbers(where, field, entry[field], count)
+        _check_numbers(where, "score", [entry["score"]], 1)
+
+
+def _numbers_of_poses(content: Mapping[str, Any]) -> int | None:
+    """Numbers in the keypoints of an object, where there is one."""
+    return next((len(entry["keypoints"]) for entry in content["annotations"] if "keypoints" in entry), None)
+
+
+def _other_kind(missing: str, entry: Mapping[str, Any]) -> str:
+    if missing == "bbox" and "keypoints" in entry:
+        return " To judge poses: data.keypoints=true."
+    if missing == "keypoints" and "bbox" in entry:
+        return " To judge boxes: data.keypoints=false."
+    return ""
+
+
+def _check_numbers(where: str, name: str, values: Any, count: int | None) -> None:
+    try:
+        finite = all(map(math.isfinite, values))
+    except (TypeError, OverflowError):
+        raise DataError(f"{where}: {name}={values} is not of numbers.") from None
+    if count is not None and len(values) != count:
+        what = "x, y, width, height" if count == 4 else "x, y and a third number of each keypoint"
+        raise DataError(f"{where}: {name} has {len(values)} numbers, not {count}: {what}.")
+    if not finite:
+        raise DataError(f"{where}: {name} has numbers that are not finite.")
 
 
 def _defined(value: float) -> float | None:

@@ -36,7 +36,7 @@ def read_rgb(path: str | Path, size: tuple[int, int] | None = None) -> Image.Ima
     Raises:
         DataError: no image, or a damaged one; names the file and the reason.
     """
-    with _opened(Path(path)) as image:
+    with opened(Path(path)) as image:
         image.load()
         turned = image.getexif().get(ORIENTATION, 1) in TURNED
         if size is None or not turned or (image.height, image.width) != size:
@@ -50,7 +50,7 @@ def stored_sizes(path: Path) -> tuple[tuple[int, int], ...]:
     Raises:
         DataError: no complete image.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         height, width = image.height, image.width
         turned = image.getexif().get(ORIENTATION, 1) in TURNED
         if not _has_end(path, image.format):
@@ -70,7 +70,8 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file; a `DataError` that names it for whatever its decoder raises."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -20,7 +20,7 @@ from domains.detection.annotations import skeleton_from
 from domains.detection.augment import normalised, target_size
 from domains.detection.data import LONG, SHORT
 from domains.detection.drawing import Shown, drawn
-from domains.detection.frames import Frame, find_inputs, read_frames
+from domains.detection.frames import Frame, check_readers, find_inputs, read_frames
 from domains.detection.keypoints import VISIBILITY, Skeleton
 from zoo.cli.console import console
 from zoo.errors import ConfigError, DataError
@@ -89,6 +89,7 @@ def predict(model: nn.Module, facts: Mapping[str, Any], cfg: DictConfig) -> list
     """
     _check(cfg)
     files = find_inputs(cfg.input)
+    check_readers(files)
     model.to(_device(cfg.device))
     known = Known.of(facts, cfg.short, cfg.long)
     failed: list[str] = []

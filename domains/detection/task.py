@@ -15,12 +15,14 @@ from domains.detection import report
 from domains.detection.annotations import skeleton_from
 from domains.detection.baselines import mean_results, untrained_like
 from domains.detection.data import DetectionData
+from domains.detection.judge import judged
 from domains.detection.keypoints import VISIBILITY, PoseLoss, Skeleton
-from domains.detection.losses import Focal, box_terms
+from domains.detection.losses import Focal, IoUAware, box_terms
 from domains.detection.matching import SetLoss
-from domains.detection.metrics import Scores, coco_scores
+from domains.detection.metrics import Scores
 from domains.detection.models.detector import layers
 from domains.detection.transfer import official_facts, transfer
+from zoo.cli.console import console
 from zoo.errors import ConfigError
 from zoo.training.callbacks import gather
 from zoo.training.task import Task, checked, new_model
@@ -86,13 +88,19 @@ class DetectionTask(Task):
             for found in model.postprocess(model(part["images"], part["mask"]), part["sizes"])
         ]
 
+    def on_fit_start(self) -> None:
+        hint = batch_hint(self.cfg, self.data.batch_size, self.trainer.accumulate_grad_batches)
+        if hint and self.trainer.is_global_zero:
+            console.print(hint, highlight=False, soft_wrap=True)
+
     # ---- loss and metrics --------------------------------------------------------------------------------
 
     def loss(self, batch: Sequence[Mapping[str, Any]], stage: str) -> tuple[Tensor, Tensor]:
         """Of a batch in parts, each weighed by its images."""
         totals, count = [], sum(len(part["images"]) for part in batch)
         for part in batch:
-            outputs = self.model(part["images"], part["mask"])
+            shown = {"targets": part["targets"]} if stage == "train" and self._denoises else {}
+            outputs = self.model(part["images"], part["mask"], **shown)
             totals.append(self._error(outputs, part["targets"]) * len(part["images"]))
             if stage != "train":
                 self._keep(outputs, part, stage)
@@ -103,7 +111,14 @@ class DetectionTask(Task):
         if isinstance(self.error, PoseLoss):
             return self.error(outputs, targets)[0]
         groups = cast(Any, self.model).active_groups
-        return self.error(layers(outputs), targets, groups)[0]
+        total = self.error(layers(outputs), targets, groups)[0]
+        if "denoised" in outputs:
+            total = total + self.error.denoising(outputs["denoised"], targets)
+        return total
+
+    @property
+    def _denoises(self) -> bool:
+        return bool(getattr(self.model, "denoising", 0))
 
     def _keep(self, outputs: Any, part: Mapping[str, Any], stage: str) -> None:
         """The predictions of a part, in COCO's format."""
@@ -137,10 +152,7 @@ class DetectionTask(Task):
 
     def judge(self, results: Sequence[Mapping[str, Any]], data: DetectionData, stage: str) -> Scores:
         """The scores of results on a part of the data."""
-        part = data.parts[stage]
-        kind = "bbox" if not self.pose else "crowdpose" if part.crowdpose else "keypoints"
-        sigmas = data.skeleton.sigmas if data.skeleton and self.pose else None
-        return coco_scores(part.as_coco(), results, kind, sigmas)
+        return judged(data.parts[stage], results, pose=self.pose)
 
     # ---- results -----------------------------------------------------------------------------------------
 
@@ -209,22 +221,46 @@ def build_loss(
     l1: float | None = None,
     giou: float = 2.0,
     oks: float = 4.0,
+    iou_aware: bool = False,
 ) -> SetLoss | PoseLoss:
     """The loss of a pose model for a skeleton, or of a detector.
 
     Args:
         name: `set`: there is no other.
         ce, l1, giou, oks: weights, in the loss as in matching; of l1 by default 5 for boxes and 10 for poses.
+        iou_aware: scores of a detector learn how well their boxes fit (LW-DETR).
 
     Raises:
-        ConfigError: another name.
+        ConfigError: another name, or `iou_aware` of poses.
     """
     if name not in (None, "set"):
         raise ConfigError(f"There is no loss.name={name} for detection: leave it out, and set its weights.")
-    focal = Focal(weight=ce, cost=ce)
+    focal = IoUAware(weight=ce, cost=ce) if iou_aware else Focal(weight=ce, cost=ce)
     if kind is not None:
+        if iou_aware:
+            raise ConfigError("loss.iou_aware is of boxes: leave it out for poses.")
         return PoseLoss(kind, l1=10.0 if l1 is None else l1, similarity=oks, focal=focal)
     return SetLoss(box_terms(5.0 if l1 is None else l1, giou), focal)
+
+
+def batch_hint(cfg: DictConfig, batch_size: int, accumulated: int) -> str | None:
+    """What to say of steps of more or fewer images than the published recipe of `cfg.published` has.
+
+    Args:
+        batch_size: images over all processes, of which `accumulated` batches are a step.
+    """
+    published = OmegaConf.select(cfg, "published")
+    total = batch_size * accumulated
+    if not published or total == published.batch_size:
+        return None
+    text = f"{total} images a step, where the published recipe has {published.batch_size}: AP may differ."
+    if cfg.optimizer.lr != published.lr:
+        return text
+    lr = published.lr * total / published.batch_size
+    text += f" In proportion the learning rate is optimizer.lr={lr:.3g}"
+    batches, rest = divmod(published.batch_size, batch_size)
+    as_many = f"; as many images are trainer.accumulate_grad_batches={batches}" if not rest else ""
+    return f"{text}{as_many}."
 
 
 def coco_results(

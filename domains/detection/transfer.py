@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from domains.detection.annotations import skeleton_facts
 from domains.detection.keypoints import default_skeleton
+from domains.detection.weights.classes import CLASSES, HEADS, IDS, coco_ids, coco_names
 from zoo.cli.console import console
 from zoo.registry import create_model, model_signature
 from zoo.weights.checkpoint import load_state, read_checkpoint
@@ -18,31 +19,25 @@ from zoo.weights.checkpoint import load_state, read_checkpoint
 if TYPE_CHECKING:
     from domains.detection.data import DetectionData
 
-CLASS_HEADS = "class_embed"
-"""In the names of tensors whose rows are classes."""
-
 
 def official_facts(model: nn.Module) -> dict[str, Any]:
-    """The `extra()` of weights that carry none: class numbers are category ids of COCO."""
+    """The `extra()` of weights that carry none: class numbers are category ids of COCO, 80 its classes in
+    order."""
     count = cast(Any, model).num_classes
     points = getattr(model, "num_keypoints", None)
-    names = [None, "person"] if points and count == 2 else _coco_names() if count == 91 else None
+    names = [None, "person"] if points and count == 2 else coco_names() if count in (IDS, CLASSES) else None
     classes = names or [str(i) for i in range(count)]
+    ids = [None if name is None else i for i, name in enumerate(classes)]
+    if count == CLASSES:
+        ids = coco_ids()
+        classes = [classes[i] for i in ids]
     kind = points and default_skeleton(points)
     return {
         "data": None,
         "classes": classes,
-        "category_ids": [None if name is None else i for i, name in enumerate(classes)],
+        "category_ids": ids,
         "skeleton": skeleton_facts(kind) if kind else None,
     }
-
-
-def _coco_names() -> list[str | None]:
-    """By category id, None for the holes."""
-    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights as Weights
-
-    names = Weights.COCO_V1.meta["categories"]
-    return [None if name in ("__background__", "N/A") else name for name in names]
 
 
 def transfer(path: Path, data: DetectionData) -> nn.Module:
@@ -65,7 +60,7 @@ def transfer(path: Path, data: DetectionData) -> nn.Module:
     model = create_model(name, **(built["config"] | given))
     own = model.state_dict()
     other = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
-    heads = [] if same else [key for key in state if CLASS_HEADS in key and key in own]
+    heads = [] if same else [key for key in state if HEADS in key and key in own]
     report = load_state(model, state, skip=sorted({*other, *heads}), source=str(path))
     if not same:
         _say_classes(_take_rows(model, state, heads, known, data.classes), data.classes)

@@ -203,6 +203,21 @@ class ForecastTask(Task):
             "summaries": summaries,
         }
 
+    def headline(self, results: dict[str, Any]) -> dict[str, float]:
+        """Errors set by set, and the skill scores over them."""
+        boards = results["leaderboards"]
+        errors = {
+            f"{metric}, {name}": facts["errors"][self.name][metric]
+            for name, facts in results["sets"].items()
+            for metric in boards
+            if facts["errors"][self.name].get(metric) is not None
+        }
+        skill = {
+            f"{metric}, skill score %": 100 * board["skill_score"][self.name]
+            for metric, board in boards.items()
+        }
+        return errors | skill
+
     def report(self, results: dict[str, Any]) -> Sequence[RenderableType]:
         tables = [self._table(name, facts) for name, facts in results["sets"].items()]
         if results["data"] == "fev":

@@ -165,6 +165,11 @@ class TrafficTask(Task):
     def name(self) -> str:
         return cast(Any, self.model).zoo_config["name"]
 
+    def headline(self, results: dict[str, Any]) -> dict[str, float]:
+        """Errors averaged over the horizon."""
+        own = results["errors"][self.name]
+        return {name.upper(): _error(own, name, None) for name in NAMES}
+
     def report(self, results: dict[str, Any]) -> Sequence[RenderableType]:
         steps, errors, own = _reported(results), results["errors"], self.name
         table = Table(

@@ -7,7 +7,6 @@ tested on the last quarter of the file. Cost: forward and backward of one layer 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -25,6 +24,7 @@ from domains.vision.compare_report import Comparison, Entry
 from domains.vision.sources import Images, digits
 from zoo.attention.layers import auxiliary_loss
 from zoo.bench.compare import scaling
+from zoo.bench.fit import fit
 from zoo.bench.machine import machine
 from zoo.bench.report import Curve
 from zoo.bench.timing import Call
@@ -161,7 +161,7 @@ class Learned:
     accuracy: float
     """Share of the test digits, in percent."""
     seconds: float
-    """CPU time of the training."""
+    """Of the training; CPU time where torch computes on one thread."""
     parameters: int
 
 
@@ -174,16 +174,16 @@ def learned(name: str, contestant: Contestant, budget: Budget, seed: int, device
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     steps = budget.epochs * -(-len(x) // budget.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
-    draw = torch.Generator().manual_seed(seed)
-    start = time.process_time()
-    for _ in range(budget.epochs):
-        for chosen in torch.randperm(len(x), generator=draw).split(budget.batch_size):
-            loss = F.cross_entropy(model(x[chosen]), y[chosen]) + auxiliary_loss(model)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    seconds = time.process_time() - start
+    seconds = fit(
+        model,
+        lambda chosen: F.cross_entropy(model(x[chosen]), y[chosen]),
+        optimizer,
+        schedule,
+        steps=steps,
+        rows=len(x),
+        batch_size=budget.batch_size,
+        generator=torch.Generator().manual_seed(seed),
+    )
     accuracy = 100 * _accuracy(model.eval(), *canvases(parts["test"], budget.images, seed, device))
     return Learned(accuracy, seconds, sum(p.numel() for p in model.parameters()))
 

@@ -13,28 +13,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from zoo import plots
-from zoo.bench.report import MIB, Curve, Point
+from zoo.bench.growth import COLOURS, MEANING, Line, draw_growth, in_words, late_slopes, legend, markdown
+from zoo.bench.report import MIB, Curve
 from zoo.files import atomic_path, atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-COLOURS = {
-    "nothing": "#9A9A9A",
-    "all": "#3B3B3B",
-    "near": plots.BLUE,
-    "some": plots.VERMILION,
-    "sums": plots.GREEN,
-}
-"""By what a token sees."""
-MEANING = {
-    "nothing": "no attention",
-    "all": "all tokens",
-    "near": "tokens around",
-    "some": "a few tokens, or means of them",
-    "sums": "sums over all tokens",
-}
-LINES = ("-", "--", "-.", ":")
 
 
 @dataclass(frozen=True)
@@ -62,10 +46,8 @@ class Entry:
         return (max(self.accuracies) - min(self.accuracies)) / 2
 
     def slopes(self) -> tuple[float, float] | None:
-        """Exponents of time and memory over the last two sizes, where nothing constant hides them."""
-        if self.curve is None or len(self.curve.points) < 2:
-            return None
-        return Curve(self.name, self.curve.points[-2:]).slopes()
+        """Exponents of time and memory over the last two sizes."""
+        return late_slopes(self.curve)
 
     def record(self) -> dict[str, Any]:
         curve = None if self.curve is None else self.curve.record()
@@ -127,9 +109,7 @@ class Comparison:
         ]
 
     def markdown(self) -> str:
-        headings, rows = self.rows()
-        rule = ["---", "---", *("---:" for _ in headings[2:])]
-        return "".join(f"| {' | '.join(cells)} |\n" for cells in (headings, rule, *rows))
+        return markdown(*self.rows(), left=2)
 
     def __rich__(self) -> Table:
         headings, rows = self.rows()
@@ -149,16 +129,9 @@ class Comparison:
         return table
 
 
-def _point(entry: Entry, size: int) -> Point | None:
-    return None if entry.curve is None else next((p for p in entry.curve.points if p.size == size), None)
-
-
 def _cell(entry: Entry, size: int) -> str:
-    point = _point(entry, size)
-    if point is None:
-        return ""
-    time = f"{point.seconds:.2f} s" if point.seconds >= 0.1 else f"{point.seconds * 1e3:.1f} ms"
-    return f"{time}, {point.bytes / MIB:,.{0 if point.bytes > 10 * MIB else 1}f} MiB"
+    points = () if entry.curve is None else entry.curve.points
+    return next((", ".join(in_words(point)) for point in points if point.size == size), "")
 
 
 def _growth(entry: Entry) -> str:
@@ -177,24 +150,17 @@ def draw(comparison: Comparison, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
 
     with plt.rc_context(STYLE), atomic_path(path) as temporary:
         figure, axes = plt.subplots(
             1, 3, figsize=(14, 5.4), width_ratios=(1, 1.15, 1.15), layout="constrained"
         )
         _draw_accuracy(axes[0], comparison)
-        _draw_growth(axes[1], comparison, "seconds", "Forward and backward of one layer, ms", 1e-3)
-        _draw_growth(axes[2], comparison, "bytes", "Peak memory, MiB", MIB)
-        shown = {entry.sees for entry in comparison.entries}
-        handles = [
-            Line2D([], [], color=colour, linewidth=3, label=MEANING[sees])
-            for sees, colour in COLOURS.items()
-            if sees in shown
-        ]
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=5, frameon=False, title="A token sees"
-        )
+        lines = [Line(entry.name, entry.sees, entry.curve) for entry in comparison.entries if entry.curve]
+        title = "Forward and backward of one layer, ms"
+        draw_growth(axes[1], lines, "seconds", 1e-3, title, square=True)
+        draw_growth(axes[2], lines, "bytes", MIB, "Peak memory, MiB", square=True)
+        legend(figure, {entry.sees for entry in comparison.entries})
         figure.savefig(temporary, dpi=150, format="png")
         plt.close(figure)
 
@@ -210,52 +176,3 @@ def _draw_accuracy(ax: Axes, comparison: Comparison) -> None:
     ax.set_xlabel("test digits read, % (mean; each seed a tick)")
     ax.set_title("Accuracy after a fixed budget")
     ax.grid(False, axis="y")
-
-
-def _draw_growth(ax: Axes, comparison: Comparison, of: str, title: str, unit: float) -> None:
-    drawn: dict[str, int] = {}
-    ends = []
-    for entry in comparison.entries:
-        if entry.curve is None:
-            continue
-        nth = drawn[entry.sees] = drawn.get(entry.sees, -1) + 1
-        x = [point.size for point in entry.curve.points]
-        y = [getattr(point, of) / unit for point in entry.curve.points]
-        colour = COLOURS[entry.sees]
-        ax.plot(x, y, LINES[nth % len(LINES)], color=colour, linewidth=1.6, marker=".", markersize=5)
-        ends.append((entry.name, colour, x[-1], y[-1]))
-    ax.set_xscale("log", base=4)
-    ax.set_yscale("log")
-    sizes = comparison.sizes
-    ax.set_xticks(sizes, [f"{n:,}\n{round(n**0.5)} x {round(n**0.5)}" for n in sizes])
-    ax.set_xlabel("tokens, and the map")
-    ax.set_title(title)
-    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-        axis(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "125" else "")
-    _label(ax, ends, sizes)
-
-
-def _label(ax: Axes, ends: list[tuple[str, str, float, float]], sizes: list[int]) -> None:
-    """Names at the right of the lines, apart from each other, with a hair to where the line ends; beside it,
-    where that is earlier."""
-    low, high = ax.get_ylim()
-    ratio = (high / low) ** (1 / 24)
-    for name, colour, x, y in ends:
-        if x < sizes[-1]:
-            text = ax.text(x * 1.15, y, name, color=colour, va="center", fontsize=8)
-            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8})
-    ends = sorted((end for end in ends if end[2] == sizes[-1]), key=lambda end: end[3])
-    places: list[float] = []
-    for *_, y in ends:
-        places.append(max(y, places[-1] * ratio) if places else y)
-    excess = places[-1] / high if places else 1.0
-    if excess > 1:
-        top = high
-        for i in reversed(range(len(places))):
-            places[i] = min(places[i], top)
-            top = places[i] / ratio
-    right = sizes[-1] * 1.7
-    for (name, colour, x, y), place in zip(ends, places, strict=True):
-        ax.plot([x, right * 0.97], [y, place], color=colour, linewidth=0.5, alpha=0.6, clip_on=False)
-        ax.text(right, place, name, color=colour, va="center", fontsize=8)
-    ax.set_xlim(sizes[0] * 0.8, sizes[-1] * 1.2)

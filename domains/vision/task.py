@@ -192,6 +192,10 @@ class VisionTask(Task):
             "confusion": self.test_confusion.tolist() if self.num_classes <= 100 else None,
         }
 
+    def headline(self, results: dict[str, Any]) -> dict[str, float]:
+        """Share of images whose class is first, and among the first five."""
+        return {"top-1": results["accuracy"][self.name], "top-5": results["top5"]}
+
     def report(self, results: dict[str, Any]) -> Sequence[RenderableType]:
         return [_comparison(results, self.name), _class_table(results), *_verdict(results, self.name)]
 

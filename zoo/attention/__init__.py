@@ -14,9 +14,10 @@ from zoo.attention.merge import merge, sink
 from zoo.attention.neighbourhood import Neighbourhood, ShiftedWindows
 from zoo.attention.packed import Groups, Neighbours, OrderedGroups
 from zoo.attention.patterns import Causal, Dense, EqualGroups, Padding, Pattern, Window
-from zoo.attention.rotary import rotary, rotary_tables
+from zoo.attention.rotary import plane_rotary, rotary, rotary_tables
 from zoo.attention.scan import scan
-from zoo.attention.select import attend_blocks, gather_blocks, select
+from zoo.attention.select import attend_blocks, attend_shared, gather_blocks, select
+from zoo.attention.streaming import SourceAndTarget, stream_positions
 
 __all__ = [
     "AttentionError",
@@ -34,20 +35,24 @@ __all__ = [
     "Pattern",
     "SampledMap",
     "ShiftedWindows",
+    "SourceAndTarget",
     "TopKSoftmax",
     "Window",
     "attend",
     "attend_blocks",
+    "attend_shared",
     "backend",
     "capture",
     "deformable_attend",
     "expand",
     "gather_blocks",
     "merge",
+    "plane_rotary",
     "rotary",
     "rotary_tables",
     "scan",
     "select",
     "sink",
     "softmax",
+    "stream_positions",
 ]

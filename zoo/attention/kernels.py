@@ -17,6 +17,11 @@ from zoo.attention.errors import AttentionError
 Kernel = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that already: what statistics are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the keys (Vaswani et al. 2017, equation 1)."""
     peak = scores.detach().amax(-1, keepdim=True)

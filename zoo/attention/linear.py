@@ -15,7 +15,8 @@ from torch import Tensor
 from zoo.attention.attend import attend
 from zoo.attention.errors import AttentionError
 from zoo.attention.kernels import softmax
-from zoo.attention.patterns import Window
+from zoo.attention.packed import Groups
+from zoo.attention.patterns import Padding, Pattern, Window
 from zoo.attention.scan import CHUNK, Form, scan
 
 
@@ -126,6 +127,8 @@ def gated_slots(
     slots: Tensor,
     *,
     log_decay: Tensor,
+    value_slots: Tensor | None = None,
+    value_log_decay: Tensor | None = None,
     starts: Tensor | None = None,
     state: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
@@ -141,6 +144,7 @@ def gated_slots(
         v: `(B, H, N, V)`.
         slots: s, `(B, H, N, M)`, what each token writes to each slot.
         log_decay: `(B, H, N, M)`.
+        value_slots, value_log_decay: those of V, where they are not those of K.
         state: keys `(B, H, D, M)` and values `(B, H, M, V)` of the slots.
     """
     keys, values = (None, None) if state is None else state
@@ -148,6 +152,8 @@ def gated_slots(
         q, k, slots, value_decay=log_decay, starts=starts, state=keys, scale=scale, form=form, chunk=chunk
     )
     weights = scores.softmax(-1)
+    slots = slots if value_slots is None else value_slots
+    log_decay = log_decay if value_log_decay is None else value_log_decay
     out, values = scan(
         weights, slots, v, log_decay=log_decay, starts=starts, state=values, scale=1.0, form=form, chunk=chunk
     )
@@ -234,39 +240,82 @@ def window_and_features(
     window: int,
     window_factor: Tensor,
     rest_factor: Tensor | float = 1.0,
-) -> Tensor:
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    state: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Softmax in a causal window, linear attention before it, one denominator (Zhang et al. 2024, LoLCATs,
-    equation 6); the softmax part is relative to its own largest score.
+    equation 6); see `softmax_and_rest`.
 
     Args:
-        q, k, v: `(B, H, N, D)`.
-        q_features, k_features: `(B, H, N, F)`, not negative.
+        q: `(B, H, N, D)`; the last query stands at the last key.
+        k, v: `(B, Hk, M, D)`.
+        q_features, k_features: `(B, H, N, F)` and `(B, H, M, F)`, not negative.
+        window: keys that a query sees by softmax, its own included.
         window_factor, rest_factor: weights of the two parts, broadcastable to `(B, H, N, 1)`.
+        mask: bool `(B, M)`, True = a real token.
+        documents: integers `(B, N)`, N = M: runs of equal ids do not see each other.
+        state: `(B, H, F, D + 1)`, of the keys that had left the window of the first query's predecessor.
+        dropout: of the softmax weights.
+
+    Returns:
+        `(B, H, N, D)`, and the state after the last query.
     """
     if window < 1:
         raise AttentionError(f"a window has a positive size, not {window}")
-    tokens = q.shape[2]
-    near, log_mass = attend(
-        q,
-        k,
-        v,
-        pattern=Window(min(window, tokens), causal=True),
-        kernel=_softmax_above_peak,
-        return_lse=True,
-    )
-    mass = window_factor * log_mass.exp()[..., None]
-    late = min(window, tokens)
-    far, _ = scan(
-        q_features,
-        F.pad(k_features, (0, 0, late, 0))[:, :, :tokens],
-        F.pad(F.pad(v, (0, 1), value=1.0), (0, 0, late, 0))[:, :, :tokens],
-        scale=1.0,
-    )
-    far = rest_factor * far
-    return (mass * near + far[..., :-1]) / (mass + far[..., -1:])
+    (heads, tokens), keys = q.shape[1:3], k.shape[2]
+    late = min(window, keys)
+    seen: Pattern = Window(late, causal=True)
+    if mask is not None:
+        seen, k_features = seen & Padding(mask), torch.where(mask[:, None, :, None], k_features, 0.0)
+    if documents is not None:
+        seen = seen & Groups(documents)
+    near = attend(q, k, v, pattern=seen, kernel=softmax_above_peak, dropout=dropout, return_lse=True)
+
+    def left(x: Tensor) -> Tensor:
+        """The row of `(B, ?, M, ?)` that leaves the window as a query comes, `(B, ?, N, ?)`; or zeros."""
+        return F.pad(x, (0, 0, late, 0))[:, :, keys - tokens : keys]
+
+    starts, old = None, left(k_features)
+    if documents is not None:
+        starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=False)
+        document = starts.long().cumsum(1)[:, None, :, None]
+        old = torch.where(left(document) == document, old, 0.0)
+    values = left(F.pad(v, (0, 1), value=1.0)).repeat_interleave(heads // v.shape[1], dim=1)
+    far, state = scan(q_features, old, values, starts=starts, state=state, scale=1.0)
+    return softmax_and_rest(near, far, window_factor, rest_factor), state
 
 
-def _softmax_above_peak(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax, and its log-sum-exp less the largest score."""
+def softmax_and_rest(
+    near: tuple[Tensor, Tensor], far: Tensor, near_factor: Tensor, far_factor: Tensor | float
+) -> Tensor:
+    """One mean of values over keys weighted by softmax, and others weighted by features.
+
+    The first part is relative to its own largest score, so that the two are not on one scale (by design of
+    LoLCATs). A query that sees no key gets zeros.
+
+    Args:
+        near: of `attend` with `softmax_above_peak`, `(B, H, N, D)` and `(B, H, N)`.
+        far: of `scan`, weighted sums of values and of ones, `(B, H, N, D + 1)`.
+        near_factor, far_factor: weights of the two parts, broadcastable to `(B, H, N, 1)`.
+    """
+    out, log_mass = near
+    mass, rest = near_factor * log_mass.exp()[..., None], far_factor * far
+    total = mass + rest[..., -1:]
+    mixed = (mass * out + rest[..., :-1]) / total.masked_fill(total == 0, 1.0)
+    return mixed.to(out.dtype)
+
+
+def norm_preserving(features: Tensor, x: Tensor) -> Tensor:
+    """Features `(..., F)` of the length of what they are of, x `(..., D)`: the map gives the direction only
+    (Meng et al. 2026, STILL, NP-Map)."""
+    size, own = (y.norm(dim=-1, keepdim=True) for y in (x.to(features.dtype), features))
+    return features * (size / own)
+
+
+def softmax_above_peak(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Kernel: softmax, and its log-sum-exp less the largest score; -inf where no key is seen."""
     weights, lse = softmax(scores)
-    return weights, lse - scores.amax(-1)
+    peak = scores.amax(-1)
+    return weights, lse - peak.masked_fill(peak == -torch.inf, 0.0)

@@ -75,3 +75,34 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     rotated = (first * cos - second * sin, second * cos + first * sin)
     joined = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
     return torch.cat([joined.to(x.dtype), passed], dim=-1)
+
+
+def plane_rotary(x: Tensor, positions: Tensor, a: Tensor, b: Tensor, *, frequency: float = 1.0) -> Tensor:
+    """`exp(position * frequency * (a b^T - b a^T)) x`: rotation in the plane of a and b (GRAPE).
+
+    Scores of queries and keys turned so depend on distances alone. Rotary positions turn in planes of two
+    coordinates each, one after the other: with `b` and `a` the first and second of a pair, by its frequency.
+
+    Args:
+        x: `(B, H, N, D)`.
+        positions: `(N,)`, or `(B, 1, N)`.
+        a, b: `(D,)`, or one per head `(H, 1, D)`; the angle per position is `frequency` times the area
+            between them. Where they are parallel, nothing is turned.
+    """
+    if a.shape != b.shape or a.shape[-1] != x.shape[-1]:
+        raise AttentionError(
+            f"a plane is two vectors of the head width {x.shape[-1]}, not {tuple(a.shape)}, {tuple(b.shape)}"
+        )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, a, b = x.to(wide), a.to(wide), b.to(wide)
+
+    def generator(y: Tensor) -> Tensor:
+        return a * (y * b).sum(-1, keepdim=True) - b * (y * a).sum(-1, keepdim=True)
+
+    squared = (a.square().sum(-1) * b.square().sum(-1) - (a * b).sum(-1).square())[..., None]
+    flat = squared <= 0
+    area = squared.masked_fill(flat, 1.0).sqrt()
+    angle = positions.to(wide)[..., None] * frequency * area
+    once = generator(rows)
+    turned = angle.sin() / area * once + 2 * ((angle / 2).sin() / area).square() * generator(once)
+    return (rows + turned.masked_fill(flat, 0.0)).to(x.dtype)

@@ -18,10 +18,7 @@ from zoo.attention.attend import attend
 from zoo.attention.capture import recorder
 from zoo.attention.errors import AttentionError
 from zoo.attention.patterns import Index, Pattern, Rule, Tile, same_device
-from zoo.attention.select import listed
-
-GATHERED = 2**22
-"""Numbers of keys and values that are gathered at a time for each batch entry: 16 MiB in float32."""
+from zoo.attention.select import GATHERED, listed
 
 
 def route(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -111,12 +111,14 @@ def scan_mean(
     state: Tensor | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
+    floor: bool = False,
     form: Form | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """`scan` divided by the sum of its weights plus eps (Katharopoulos et al. 2020, equation 12).
 
-    The last column of the state `(B, H, D, V + 1)` is the running sum of the keys.
+    The last column of the state `(B, H, D, V + 1)` is the running sum of the keys. With `floor`, eps is not
+    added, but the least that is divided by.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
     ones = F.pad(v.to(wide), (0, 1), value=1.0)
@@ -131,7 +133,13 @@ def scan_mean(
         form=form,
         chunk=chunk,
     )
-    return (out[..., :-1] / (out[..., -1:] + eps)).to(v.dtype), state
+    return weighted_mean(out, eps, floor).to(v.dtype), state
+
+
+def weighted_mean(sums: Tensor, eps: float, floor: bool) -> Tensor:
+    """Means `(..., V)` from weighted sums `(..., V + 1)`, of which the last one is that of the weights."""
+    total = sums[..., -1:]
+    return sums[..., :-1] / (total.clamp(min=eps) if floor else total + eps)
 
 
 def _stepwise(p: _Recurrence) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,11 @@ from zoo.attention.errors import AttentionError
 from zoo.attention.merge import merge
 from zoo.attention.patterns import Causal, Dense, Padding, Pattern, Rule
 
+ROWS = 512
+"""Queries whose scores with all keys are in memory at once."""
+GATHERED = 2**22
+"""Numbers of keys and values that are gathered at a time for each batch entry: 16 MiB in float32."""
+
 
 @torch.no_grad()
 def select(scores: Tensor, k: int, forced: Tensor | None = None) -> Tensor:
@@ -55,6 +60,12 @@ def select(scores: Tensor, k: int, forced: Tensor | None = None) -> Tensor:
     return index.masked_fill(index == size, -1)
 
 
+def select_up_to(scores: Tensor, k: int, forced: Tensor | None = None) -> Tensor:
+    """`select` of k places, those that the candidates cannot fill holding -1."""
+    index = select(scores, min(k, scores.shape[-1]), forced)
+    return F.pad(index, (0, k - index.shape[-1]), value=-1)
+
+
 def listed(index: Tensor, number: int) -> Tensor:
     """Bool `(..., number)`: which of so many candidates stand in the indices `(..., S)`."""
     at = torch.where(index < 0, number, index.clamp(max=number))  # the last column is dropped
@@ -63,7 +74,7 @@ def listed(index: Tensor, number: int) -> Tensor:
 
 
 def by_rows(
-    part: Callable[..., Tensor], *tensors: Tensor, keys: int, rows: int, causal: bool = True
+    part: Callable[..., Tensor], *tensors: Tensor, keys: int, rows: int | None = None, causal: bool = True
 ) -> Tensor:
     """`part(*tensors, seen)` for some rows of queries at a time, so that what it needs stays small.
 
@@ -73,10 +84,10 @@ def by_rows(
         part: to `(B, H, n, ...)`.
         tensors: `(B, H, Nq, ...)`; the last query stands at the last key.
         keys: Nk.
-        rows: queries of a part.
+        rows: queries of a part; `ROWS` by default.
         causal: `seen` is the number of keys up to the last query of the part; else Nk.
     """
-    nq = tensors[0].shape[2]
+    nq, rows = tensors[0].shape[2], ROWS if rows is None else rows
     if nq <= rows or recorder() is not None:
         return part(*tensors, keys)
     seen = [keys - nq + min(start + rows, nq) if causal else keys for start in range(0, nq, rows)]
@@ -127,6 +138,7 @@ def attend_blocks(
     size: int = 1,
     *,
     causal: bool = True,
+    reach: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -145,6 +157,7 @@ def attend_blocks(
             of key/value heads (I divides Hk; I = 1: one selection for all).
         size: tokens per block.
         causal: see no later keys, in whatever block.
+        reach: `(B, I, Nq, 2)`, the first and the last key that a query sees, in place of `causal`.
         mask: bool `(B, Nk)`, True = a real key.
         scale: `D ** -0.5` by default.
 
@@ -153,15 +166,90 @@ def attend_blocks(
     """
     _check(q, k, index, mask)
     heads, selecting = q.shape[1], index.shape[1]
+    options = _Options(size, causal and reach is None, reach is not None, mask, scale)
+    if reach is not None and (reach.dtype, reach.shape) != (torch.int64, (*index.shape[:3], 2)):
+        raise AttentionError(
+            f"reach is int64 {(*index.shape[:3], 2)}, first and last keys, not {reach.dtype} "
+            f"{tuple(reach.shape)}"
+        )
+    ends = (_reach(q, k, causal) if reach is None else reach).expand(len(q), selecting, -1, -1)
     if recorder() is not None:  # one map of all heads
-        index = index.repeat_interleave(heads // selecting, 1)
-        return _among_all(q, k, v, index, _Options(size, causal, mask, scale))
+        index, ends = (x.repeat_interleave(heads // selecting, 1) for x in (index, ends))
+        return _among_all(q, k, v, index, ends, options)
     # Heads that select for themselves are problems of their own.
     groups = min(selecting, k.shape[1])
-    q, k, v, index = (x.unflatten(1, (groups, -1)).flatten(0, 1) for x in (q, k, v, index))
-    mask = None if mask is None else mask.repeat_interleave(groups, 0)
-    out = _form(q, k, index, size)(q, k, v, index, _Options(size, causal, mask, scale))
+    q, k, v, index, ends = (x.unflatten(1, (groups, -1)).flatten(0, 1) for x in (q, k, v, index, ends))
+    if mask is not None:
+        options = options._replace(mask=mask.repeat_interleave(groups, 0))
+    out = _form(q, k, index, size)(q, k, v, index, ends, options)
     return out.unflatten(0, (-1, groups)).flatten(1, 2)
+
+
+def attend_shared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    *,
+    rows: int,
+    size: int = 1,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`attend_blocks` where the queries of a block share what they selected: a few dense products.
+
+    Blocks of queries are counted from the first key too, so that the first and the last may be cut. What is
+    gathered at a time stays small; the backward pass gathers it again.
+
+    Args:
+        q, k, v, size, causal, mask, scale: as for `attend_blocks`.
+        index: `(B or 1, I, R, S)` for the R blocks that hold the queries.
+        rows: queries of a block.
+    """
+    before = (k.shape[2] - q.shape[2]) % rows
+    blocks = -(-(before + q.shape[2]) // rows)
+    if index.shape[2] != blocks:
+        raise AttentionError(f"{q.shape[2]} queries lie in {blocks} blocks of {rows}, not {index.shape[2]}")
+    index = index.expand(len(q), -1, -1, -1)
+    if q.shape[2] < rows // 4 or recorder() is not None:
+        index = index.repeat_interleave(rows, 2)[:, :, before : before + q.shape[2]]
+        return attend_blocks(q, k, v, index, size, causal=causal, mask=mask, scale=scale)
+    groups, selecting = min(index.shape[1], k.shape[1]), index.shape[1]
+    tiles = F.pad(q, (0, 0, before, blocks * rows - before - q.shape[2])).unflatten(2, (blocks, rows))
+    tiles, k, v, index = (x.unflatten(1, (groups, -1)).flatten(0, 1) for x in (tiles, k, v, index))
+    mask = None if mask is None else mask.repeat_interleave(groups, 0)
+    place = torch.arange(blocks * rows, device=q.device) + (k.shape[2] - q.shape[2] - before)
+    place = place if causal else torch.full_like(place, k.shape[2])
+    options = _Options(size, causal, False, mask, scale)
+
+    def part(tiles: Tensor, index: Tensor, place: Tensor, _seen: int) -> Tensor:
+        return _shared_tiles(tiles, k, v, index, place[0, 0], options)
+
+    gathered = k.shape[1] * max(1, selecting // groups) * index.shape[-1] * size * (q.shape[-1] + v.shape[-1])
+    out = by_rows(
+        part, tiles, index, place.view(1, 1, blocks, rows), keys=blocks, rows=max(1, GATHERED // gathered)
+    )
+    out = out.unflatten(0, (-1, groups)).flatten(1, 2).flatten(2, 3)
+    return out[:, :, before : before + q.shape[2]]
+
+
+def _shared_tiles(q: Tensor, k: Tensor, v: Tensor, index: Tensor, place: Tensor, options: _Options) -> Tensor:
+    """Blocks of queries `(B, H, R, n, D)` that stand at `place` `(R, n)`, with index `(B, I, R, S)`."""
+    shape, size, nk = q.shape[:4], options.size, k.shape[2]
+    q, index = _heads_as_tokens(q, index)
+    tiles, place = index.shape[1], place.repeat(index.shape[1] // len(place), 1)
+    at = index[..., None] * size + torch.arange(size, device=q.device)
+    at = at.masked_fill((index[..., None] < 0) | (at >= nk), -1).flatten(2)
+    if options.mask is not None:
+        real = options.mask.gather(1, at.clamp(min=0).flatten(1)).view(at.shape)
+        at = at.masked_fill(~real, -1)
+    shared = index[:, None].expand(-1, k.shape[1], -1, -1)
+    keys, values = (gather_blocks(x, shared, size).transpose(1, 2).flatten(0, 1) for x in (k, v))
+    pattern = Standing(place.repeat(len(q), 1), at.flatten(0, 1))
+    queries = q.transpose(1, 2).flatten(0, 1)
+    out = attend(queries, keys, values, pattern=pattern, scale=options.scale)
+    return out.unflatten(0, (-1, tiles)).transpose(1, 2).reshape(*shape, -1)
 
 
 def _check(q: Tensor, k: Tensor, index: Tensor, mask: Tensor | None) -> None:
@@ -181,15 +269,17 @@ def _check(q: Tensor, k: Tensor, index: Tensor, mask: Tensor | None) -> None:
 
 
 class _Options(NamedTuple):
-    """Of `attend_blocks`. The forms take index `(B, I, Nq, S)` with I = 1, or with I = H and Hk = 1."""
+    """Of `attend_blocks`. The forms take index `(B, I, Nq, S)` with I = 1, or with I = H and Hk = 1, and the
+    first and the last key that queries see, `(B, I, Nq, 2)`."""
 
     size: int
     causal: bool
+    reaching: bool  # what a query sees is not given by its place
     mask: Tensor | None
     scale: float | None
 
 
-_Form = Callable[[Tensor, Tensor, Tensor, Tensor, _Options], Tensor]
+_Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, _Options], Tensor]
 
 
 def _form(q: Tensor, k: Tensor, index: Tensor, size: int) -> _Form:
@@ -208,18 +298,21 @@ def _form(q: Tensor, k: Tensor, index: Tensor, size: int) -> _Form:
     return _gathered if gathered <= by_block else _by_block
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, index: Tensor, options: _Options) -> Tensor:
-    def part(q: Tensor, index: Tensor, seen: int) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, index: Tensor, reach: Tensor, options: _Options) -> Tensor:
+    def part(q: Tensor, index: Tensor, reach: Tensor, seen: int) -> Tensor:
         mask = None if options.mask is None else options.mask[:, :seen]
-        return _among_all(q, k[:, :, :seen], v[:, :, :seen], index, options._replace(mask=mask))
+        return _among_all(q, k[:, :, :seen], v[:, :, :seen], index, reach, options._replace(mask=mask))
 
-    return by_rows(part, q, index, keys=k.shape[2], rows=512, causal=options.causal)
+    return by_rows(part, q, index, reach, keys=k.shape[2], causal=options.causal)
 
 
-def _among_all(q: Tensor, k: Tensor, v: Tensor, index: Tensor, options: _Options) -> Tensor:
+def _among_all(q: Tensor, k: Tensor, v: Tensor, index: Tensor, reach: Tensor, options: _Options) -> Tensor:
     """The definition."""
     nk = k.shape[2]
     chosen = listed(index, -(-nk // options.size)).repeat_interleave(options.size, -1)[..., :nk]
+    if options.reaching:
+        place = torch.arange(nk, device=q.device)
+        chosen = chosen & (place >= reach[..., :1]) & (place <= reach[..., 1:])
     bias = q.new_zeros(chosen.shape).masked_fill(~chosen, -torch.inf)
     pattern = Causal() if options.causal else Dense()
     if options.mask is not None:
@@ -227,14 +320,14 @@ def _among_all(q: Tensor, k: Tensor, v: Tensor, index: Tensor, options: _Options
     return attend(q, k, v, pattern=pattern, bias=bias, scale=options.scale)
 
 
-def _gathered(q: Tensor, k: Tensor, v: Tensor, index: Tensor, options: _Options) -> Tensor:
+def _gathered(q: Tensor, k: Tensor, v: Tensor, index: Tensor, reach: Tensor, options: _Options) -> Tensor:
     size, shared, nk = options.size, k.shape[1], k.shape[2]
 
-    def part(q: Tensor, index: Tensor, seen: int) -> Tensor:
-        shape, last = q.shape[:3], _last(q, seen, nk, options)
+    def part(q: Tensor, index: Tensor, reach: Tensor, _seen: int) -> Tensor:
+        shape, (first, last) = q.shape[:3], reach.flatten(1, 2)[..., None].unbind(2)
         q, index = _heads_as_tokens(q, index)
         at = (index[..., None] * size + torch.arange(size, device=q.device)).flatten(2)
-        visible = (at >= 0) & (at <= last.repeat(index.shape[1] // len(last))[:, None])
+        visible = (at >= first) & (at <= last)
         if options.mask is not None:
             visible &= options.mask.gather(1, at.clamp(0, nk - 1).flatten(1)).view(at.shape)
 
@@ -248,15 +341,15 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, index: Tensor, options: _Options)
         return out.reshape(*index.shape[:3], -1, v.shape[-1]).transpose(2, 3).reshape(*shape, -1)
 
     rows = max(32, 2**16 // (index.shape[-1] * size * shared))
-    return by_rows(part, q, index, keys=nk, rows=rows, causal=options.causal)
+    return by_rows(part, q, index, reach, keys=nk, rows=rows, causal=options.causal)
 
 
-def _last(q: Tensor, seen: int, nk: int, options: _Options) -> Tensor:
-    """`(N,)`: the last key that each query may see; the last query stands at key `seen - 1`."""
-    n = q.shape[2]
-    if not options.causal:
-        return torch.full((n,), nk - 1, device=q.device)
-    return torch.arange(seen - n, seen, device=q.device)
+def _reach(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """`(1, 1, Nq, 2)`: all keys, or those up to a query's place; the last query stands at the last key."""
+    nq, nk = q.shape[2], k.shape[2]
+    place = torch.arange(nk - nq, nk, device=q.device)
+    last = place if causal else torch.full_like(place, nk - 1)
+    return torch.stack([torch.zeros_like(last), last], -1)[None, None]
 
 
 def _heads_as_tokens(q: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,20 +359,25 @@ def _heads_as_tokens(q: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return q, index.flatten(1, 2)
 
 
-class _Standing(Pattern):
-    """Queries `(T, nq)` and keys `(T, nk)` stand at given places; a query sees the keys up to its own."""
+class Standing(Pattern):
+    """Queries `(T, nq)` and keys `(T, nk)` stand at given places; a query sees the keys up to its own.
 
-    def __init__(self, queries: Tensor, keys: Tensor) -> None:
+    Args:
+        first: `(T, nq)`, the first place that a query sees; 0 by default, which leaves out keys at -1.
+    """
+
+    def __init__(self, queries: Tensor, keys: Tensor, first: Tensor | None = None) -> None:
         self.queries, self.keys = queries, keys
+        self.first = torch.zeros_like(queries) if first is None else first
 
     def rule(self, nq: int, nk: int) -> Rule:
-        queries, keys = self.queries, self.keys
-        return lambda b, h, i, j: (keys[b, j] >= 0) & (keys[b, j] <= queries[b, i])
+        queries, keys, first = self.queries, self.keys, self.first
+        return lambda b, h, i, j: (keys[b, j] >= first[b, i]) & (keys[b, j] <= queries[b, i])
 
 
-def _by_block(q: Tensor, k: Tensor, v: Tensor, index: Tensor, options: _Options) -> Tensor:
+def _by_block(q: Tensor, k: Tensor, v: Tensor, index: Tensor, reach: Tensor, options: _Options) -> Tensor:
     size, nk, shape = options.size, k.shape[2], q.shape[:3]
-    last = _last(q, nk, nk, options)
+    first, last = reach.flatten(0, 2).unbind(-1)
     q, index = _heads_as_tokens(q, index)
     keys = torch.arange(nk, device=q.device).expand(len(q), nk)
     keys = keys if options.mask is None else keys.masked_fill(~options.mask, -1)
@@ -288,7 +386,8 @@ def _by_block(q: Tensor, k: Tensor, v: Tensor, index: Tensor, options: _Options)
     query = pair.clamp(min=0) // index.shape[-1]
     rows = q.transpose(1, 2).flatten(0, 1).index_select(0, query.flatten()).unflatten(0, pair.shape)
     tiles = (_blocks(x, size).transpose(1, 2).flatten(0, 1).index_select(0, block) for x in (k, v))
-    pattern = _Standing(torch.where(pair < 0, -1, last[query % len(last)]), keys.flatten(0, 1)[block])
+    places = keys.flatten(0, 1)[block]
+    pattern = Standing(torch.where(pair < 0, -1, last[query]), places, first[query])
     out, lse = attend(rows.transpose(1, 2), *tiles, pattern=pattern, scale=options.scale, return_lse=True)
 
     # Places that hold no pair write to one further row, which is dropped.

@@ -30,18 +30,18 @@ def transmla(
     balance: float | None = 1.0,
     norm: Literal["undone", "official"] | None = None,
 ) -> MultiHeadLatent:
-    """The latent layer closest to a causal rotary `MultiHead` on tokens like those of `calibration`.
+    """The latent layer closest to a `MultiHead` on tokens like those of `calibration`.
 
     Rotation is kept on dr channels only; keys are first turned across heads, frequency by frequency, so that
     these hold most of their energy. What is left and the values pass one bottleneck of rank r; with
-    r = 2 Hk D - dr the loss is that of the partial rotation alone.
+    r = 2 Hk D - dr the loss is that of the partial rotation alone. Without rotation (dr = 0) there is none.
 
     Args:
         layer: without norms and window.
-        calibration: tokens `(B, N, dim)` as the layer meets them.
+        calibration: tokens `(..., dim)` as the layer meets them.
         kv_rank: r.
         q_rank: bottleneck of the queries; None = one projection.
-        rope_dim: dr, D or a part of it; D by default.
+        rope_dim: dr, D or a part of it, D by default; of a layer without rotary positions 0.
         freqfold: neighbouring frequencies that are pooled, a divisor of D / 2.
         balance: energy of keys to that of values in the bottleneck; None leaves both as they are.
         norm: gives the latents RMS norms, with their mean root mean square as weight, which undoes them on
@@ -51,12 +51,13 @@ def transmla(
         AttentionError: a layer or sizes that cannot be converted.
     """
     heads, width = layer.num_heads, layer.head_dim
-    rope_dim = width if rope_dim is None else rope_dim
+    if rope_dim is None:
+        rope_dim = 0 if layer.rope_theta is None else width
     _check(layer, kv_rank, q_rank, rope_dim, freqfold)
     tokens = F.pad(calibration.double().flatten(0, -2), (0, 1), value=1.0)
     query, key, value = (_affine(proj) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
 
-    turn = key_turn(tokens @ key.T, width, rope_dim, freqfold)
+    turn = key_turn(tokens @ key.T, width, rope_dim, freqfold) if rope_dim else torch.eye(len(key)).to(key)
     rope, nope = (turn.T @ key).tensor_split([rope_dim])
     ratio = _ratio(tokens @ nope.T, tokens @ value[rope_dim:].T, balance)  # as many channels of both
     joint = torch.cat([nope / ratio, value])
@@ -128,6 +129,7 @@ def _blank(
         latent_norm=latent_norm,
         rope_theta=layer.rope_theta or 0.0,
         interleaved=False,
+        causal=layer.causal,
     ).to(layer.q_proj.weight)
 
 
@@ -161,19 +163,27 @@ def _fill(norm: nn.Module, latent: Tensor, how: str | None) -> None:
 def _check(layer: MultiHead, kv_rank: int, q_rank: int | None, rope_dim: int, freqfold: int) -> None:
     width = layer.head_dim
     bare = layer.window is None and layer.yarn is None and isinstance(layer.q_norm, nn.Identity)
-    rotary = layer.causal and layer.rope_theta is not None and layer.rotary_dim == width
-    if type(layer) is not MultiHead or not (bare and rotary):
+    own_tokens = layer.context_dim in (None, layer.dim)
+    if type(layer) is not MultiHead or not (bare and own_tokens and layer.rotary_dim == width):
         raise AttentionError(
-            "TransMLA converts causal MultiHeads with rotary positions on whole heads; no norms, window, YaRN"
+            "TransMLA converts MultiHeads without rotary positions or with such on whole heads; no norms, "
+            "window, YaRN, context of another width"
         )
+    if layer.rope_theta is not None:
+        _check_rotation(width, rope_dim, freqfold)
+    elif rope_dim:
+        raise AttentionError(f"a layer without rotary positions keeps none: rope_dim is 0, not {rope_dim}")
+    full = 2 * layer.num_kv_heads * width - rope_dim
+    if not 1 <= kv_rank <= full:
+        raise AttentionError(f"kv_rank is 1 .. {full}, not {kv_rank}")
+    if q_rank is not None and not 1 <= q_rank <= layer.num_heads * width:
+        raise AttentionError(f"q_rank is 1 .. {layer.num_heads * width}, not {q_rank}")
+
+
+def _check_rotation(width: int, rope_dim: int, freqfold: int) -> None:
     whole = rope_dim >= 2 and width % rope_dim == 0 and freqfold >= 1 and (width // 2) % freqfold == 0
     if not whole or freqfold * rope_dim % width:
         raise AttentionError(
             f"rope_dim divides the head width {width}, freqfold its half, and {width} / rope_dim freqfold: "
             f"not {rope_dim} and {freqfold}"
         )
-    full = 2 * layer.num_kv_heads * width - rope_dim
-    if not 1 <= kv_rank <= full:
-        raise AttentionError(f"kv_rank is 1 .. {full}, not {kv_rank}")
-    if q_rank is not None and not 1 <= q_rank <= layer.num_heads * width:
-        raise AttentionError(f"q_rank is 1 .. {layer.num_heads * width}, not {q_rank}")

@@ -22,6 +22,7 @@ from zoo.registry import load_object
 
 SUITES = {
     "primitives": "zoo.bench.attention:SUITE",
+    "attention": "zoo.bench.mechanisms:run",
     "vision": "domains.vision.bench:SUITE",
     "forecasting": "domains.forecasting.bench:SUITE",
     "superres": "domains.superres.bench:SUITE",
@@ -141,6 +142,11 @@ def run_suite(cfg: DictConfig) -> Result:
         )
     settings = {key: cfg[key] for key in ("suite", "only", "quick", "repeats")}
     return Report(f"suite {cfg.suite}", settings, machine(device), rows, curves)
+
+
+def output_path(cfg: DictConfig) -> Path:
+    """Where the record of a suite is stored."""
+    return Path(cfg.output or f"runs/bench-{cfg.suite}{'-quick' if cfg.quick else ''}.json")
 
 
 def compared(case: Case, repeats: int, device: torch.device) -> Row:

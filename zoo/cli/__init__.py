@@ -20,6 +20,7 @@ VERBS = (
     "check",
     "explain",
     "finetune",
+    "convert",
     "list",
     "info",
     "data",

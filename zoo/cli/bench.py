@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from omegaconf import DictConfig, OmegaConf
 
-from zoo.bench.suite import SUITES, run_suite
+from zoo.bench.suite import SUITES, output_path, run_suite
 from zoo.cli.console import console
 from zoo.config import compose
 from zoo.registry import Domain, get_domain
@@ -30,6 +30,10 @@ def bench(
 
       zoo bench suite=primitives only=window threads=1
 
+      zoo bench suite=attention threads=1 quick=true
+
+      zoo bench suite=attention threads=1 only=[multihead,linear] tasks=[mqar,cost]
+
       zoo bench suite=image_attention threads=1
 
       zoo bench domain=vision threads=1
@@ -46,7 +50,7 @@ def bench(
         return
     report = run_suite(config) if of_suite else _domain(config).load("bench")(config)
     console.print(report)
-    path = Path(config.output or f"runs/bench-{config.suite if of_suite else config.model.name}.json")
+    path = output_path(config) if of_suite else Path(config.output or f"runs/bench-{config.model.name}.json")
     report.write(path)
     console.print(f"Every round and the machine: {path}", soft_wrap=True)
 

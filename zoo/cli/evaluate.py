@@ -17,7 +17,8 @@ app = typer.Typer()
 def evaluate(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
     """Test trained weights on the test part of their data, or on other data of the same sensors or classes.
 
-    Classes are matched by name. For official weights, name the model.
+    Classes are matched by name. For official weights, name the model. With results=FILE, judge what another
+    program found: detections or poses in COCO's format.
 
     Examples:
 
@@ -28,9 +29,13 @@ def evaluate(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
       zoo evaluate run=RUN data=imagefolder data.path=photos
 
       zoo evaluate model=efficientvit_m4 checkpoint=official.pth data=imagefolder data.path=imagenet/val
+
+      zoo evaluate domain=detection results=found.json data=coco data.test=annotations.json
     """
     given = overrides or []
-    if chosen := [text for text in given if text.startswith(("model.", "domain="))]:
+    judged = any(text.startswith("results=") for text in given)
+    refused = ("model.",) if judged else ("model.", "domain=")
+    if chosen := [text for text in given if text.startswith(refused)]:
         raise ConfigError(
             f"zoo evaluate takes model and domain from the weights; leave out {' '.join(chosen)}."
         )

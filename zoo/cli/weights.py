@@ -12,15 +12,22 @@ from rich.table import Table
 from zoo.cli.console import console
 from zoo.cli.info import licence_text
 from zoo.errors import CheckpointError, ConfigError, did_you_mean
-from zoo.registry import list_models, load_official, official_wrapper, to_official
+from zoo.registry import (
+    facts_of_file,
+    list_models,
+    load_official,
+    official_wrapper,
+    to_official,
+    to_other,
+)
 from zoo.weights.cards import WeightCard, list_cards, weight_card
-from zoo.weights.checkpoint import load_model, save_model, save_state_dict
+from zoo.weights.checkpoint import load_model, read_checkpoint, save_model, save_state_dict
 from zoo.weights.download import check_file, fetch
 
 weights_app = typer.Typer(no_args_is_help=True, add_completion=False)
 app = weights_app
 
-TARGETS = ("zoo", "official")
+TARGETS = ("zoo", "official", "mmdet")
 
 
 @weights_app.callback()
@@ -119,34 +126,43 @@ def convert(
     source: Annotated[str, typer.Argument(help="a weight file, or a card of `zoo weights list`")],
     options: Annotated[
         list[str] | None,
-        typer.Argument(help="model=NAME, to=zoo|official, output=FILE, and options of the official program"),
+        typer.Argument(
+            help="model=NAME, to=zoo|official|mmdet, output=FILE, and options of the official program"
+        ),
     ] = None,
 ) -> None:
     """Turn an official checkpoint into one of ours, or (to=official) one of ours into the official layout.
 
     Options of the official program that its file does not tell are given as key=value. The suffix of the
-    output decides the official file type: .safetensors, .npz, .pth.
+    output decides the official file type: .safetensors, .npz, .pth. Files of another program that has the
+    model, as mmdet has Conditional DETR, are read as official ones are, and written as to=mmdet.
 
     Examples:
 
       zoo weights convert GMAN.index model=gman N=325
 
       zoo weights convert model.safetensors to=official output=weights.npz
+
+      zoo weights convert conditional_detr.safetensors to=mmdet output=weights.pth
     """
     given = _parse(options or [])
-    target = given.pop("to", "zoo")
+    target = str(given.pop("to", "zoo"))
     if target not in TARGETS:
-        raise ConfigError(f"to={target} is neither zoo nor official.{did_you_mean(str(target), TARGETS)}")
+        raise ConfigError(f"to={target} is none of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
     output = given.pop("output", None)
-    if target == "official":
-        _convert_to_official(source, output, given)
-    else:
+    if target == "zoo":
         _convert_to_zoo(source, output, given)
+    else:
+        _convert_from_zoo(source, target, output, given)
 
 
 def _convert_to_zoo(source: str, output: str | None, given: dict[str, Any]) -> None:
     file, card = _resolve(source)
+    path = Path(output or f"{file.stem}.safetensors")
     name = given.pop("model", None) or (card.models[0] if card else None)
+    if file.is_file() and file.suffix != ".safetensors" and read_checkpoint(file)[1]:
+        _rewrite(file, path, name, given)
+        return
     if name is None:
         raise ConfigError(f"Which model is {source}? Say model=NAME, one of: {', '.join(list_models())}.")
     if card and card.converter:
@@ -155,21 +171,36 @@ def _convert_to_zoo(source: str, output: str | None, given: dict[str, Any]) -> N
             f"{name!r}, pretrained=True, ...)."
         )
     model, report = load_official(name, file, **((card.config if card else {}) | given))
-    path = Path(output or f"{file.stem}.safetensors")
-    save_model(model, path)
+    save_model(model, path, extra=facts_of_file(model, file))
     console.print(report)
     console.print(f"{path}: {len(model.state_dict())} tensors of {name}", soft_wrap=True)
 
 
-def _convert_to_official(source: str, output: str | None, given: dict[str, Any]) -> None:
+def _rewrite(file: Path, path: Path, wanted: str | None, given: dict[str, Any]) -> None:
+    """As safetensors, a checkpoint that tells its model, as one that mmdet wrote of a model of ours."""
+    model, extra = load_model(file)
+    name = model.zoo_config["name"]  # pyright: ignore[reportArgumentType, reportIndexIssue]
+    if given or wanted not in (None, name):
+        wrong = ", ".join([*given, *([f"model={wanted}"] if wanted not in (None, name) else [])])
+        raise ConfigError(f"{file} tells its model, {name}, and all of its options: leave out {wrong}.")
+    save_model(model, path, extra=extra)
+    console.print(f"{path}: {len(model.state_dict())} tensors of {name}", soft_wrap=True)
+
+
+def _convert_from_zoo(source: str, target: str, output: str | None, given: dict[str, Any]) -> None:
     if given:
-        raise ConfigError(f"to=official takes output=FILE only, not {', '.join(given)}.")
+        raise ConfigError(f"to={target} takes output=FILE only, not {', '.join(given)}.")
     if output is None:
-        raise ConfigError("Name the official file: output=FILE.safetensors, .npz or .pth.")
-    model, _ = load_model(source)
-    tensors = to_official(model)
-    save_state_dict(tensors, output, official_wrapper(model))
-    console.print(f"{output}: {len(tensors)} tensors in the official layout", soft_wrap=True)
+        raise ConfigError(f"Name the {target} file: output=FILE.pth, .safetensors or .npz.")
+    model, extra = load_model(source)
+    if target == "official":
+        content: dict[str, Any] = {}
+        tensors, wrapper = to_official(model), official_wrapper(model)
+    else:
+        content = to_other(model, target, extra)
+        tensors, wrapper = content.pop("state_dict"), "state_dict"
+    save_state_dict(tensors, output, wrapper, beside=content)
+    console.print(f"{output}: {len(tensors)} tensors in the layout of {target}", soft_wrap=True)
 
 
 def _resolve(source: str) -> tuple[Path, WeightCard | None]:

@@ -67,9 +67,10 @@ def adapt(model: nn.Module, cfg: DictConfig) -> None:
 
     `full`: everything. `head`: the head alone. `probe`: a fresh head on frozen features, see `fresh_probe`.
     `lora`: low-rank updates of linear layers and 1 x 1 convolutions (Hu et al. 2022) and the head. The head
-    is `model.head`, with the weights of `model.pool` if it has some, else the last child. Names that match
-    `cfg.freeze` stay frozen under any method. A module whose parameters are all frozen runs in eval mode, so
-    that its running statistics stay, too; nothing in front of what is trained is kept for a backward pass.
+    is what `model.head_modules` names, else `model.head`, with the weights of `model.pool` if it has some,
+    else the last child. Names that match `cfg.freeze` stay frozen under any method. A module whose parameters
+    are all frozen runs in eval mode, so that its running statistics stay, too; nothing in front of what is
+    trained is kept for a backward pass.
 
     Raises:
         ConfigError: unknown method, or a `freeze` glob or LoRA target that matches nothing.
@@ -140,12 +141,15 @@ def fresh_probe(model: nn.Module, cfg: DictConfig) -> None:
         return
     if kind != "linear":
         raise ConfigError(f"Model {built['name']!r} has no pool to exchange: probe=linear alone works.")
-    (head,) = _heads(model)
     fresh = create_model(f"{built['domain']}/{built['name']}", **built["config"])
-    model.get_submodule(head).load_state_dict(fresh.get_submodule(head).state_dict())
+    for head in _heads(model):
+        model.get_submodule(head).load_state_dict(fresh.get_submodule(head).state_dict())
 
 
 def _heads(model: nn.Module) -> list[str]:
+    """Names of the children that are the head."""
+    if named := getattr(model, "head_modules", ()):
+        return list(named)
     names = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
     return [name for name in names if name in ("pool", "head")] if "head" in names else names[-1:]
 

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import platform
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,17 +19,16 @@ from pytorch_lightning.callbacks import Callback, LambdaCallback
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 
-from zoo import config as zoo_config
 from zoo.cli.console import console, errors
 from zoo.errors import CheckpointError, ConfigError, ZooError, did_you_mean
-from zoo.files import atomic_write
 from zoo.registry import Domain, create_model, detect_model, from_official, get_domain, model_card
 from zoo.training.callbacks import Checkpoints, MetricsTable, Patience, ProgressLine, RandomState, StopAtStep
 from zoo.training.checkpoint_io import AtomicCheckpointIO
 from zoo.training.data import DataModule
 from zoo.training.ema import EMA
 from zoo.training.finetune import adapt, changes, merge_lora
-from zoo.training.task import Task
+from zoo.training.folder import environment, new_folder, open_folder, stored_config, write_json
+from zoo.training.task import Task, Tested
 from zoo.weights.checkpoint import load_model, read_checkpoint, read_state_dict, save_model
 
 
@@ -61,7 +54,7 @@ def train(cfg: DictConfig) -> RunResult | None:
             when training had begun, the message says how to resume.
     """
     _quiet()
-    folder = Path(cfg.run_dir) if cfg.run_dir else _new_folder(cfg)
+    folder = Path(cfg.run_dir) if cfg.run_dir else new_folder(cfg)
     if not cfg.resume and (folder / "config.yaml").is_file():
         raise ConfigError(
             f"There is a run in {folder} already. "
@@ -80,7 +73,7 @@ def train(cfg: DictConfig) -> RunResult | None:
     if not trainer.is_global_zero:
         return None
     results = _finish(cfg, folder, task, data)
-    _environment(folder, {"seconds": round(time.monotonic() - started, 1)})
+    environment(folder, {"seconds": round(time.monotonic() - started, 1)})
     return RunResult(folder, results)
 
 
@@ -128,7 +121,7 @@ def _convert_official(cfg: DictConfig) -> None:
     built: Any = model.zoo_config
     if not cfg.run_dir:
         named = OmegaConf.create({"domain": {"name": built["domain"]}, "model": {"name": built["name"]}})
-        cfg.run_dir = str(_new_folder(named))
+        cfg.run_dir = str(new_folder(named))
     cfg.finetune.official = file
     cfg.finetune.checkpoint = str(Path(cfg.run_dir) / "start.safetensors")
     save_model(model, cfg.finetune.checkpoint, extra=facts)
@@ -150,10 +143,14 @@ def resumed_config(run: str | Path, overrides: list[str]) -> DictConfig:
         overrides: `key=value`; only what leaves the numbers of the steps already done meaningful may change.
 
     Raises:
-        CheckpointError: no run lies there.
+        CheckpointError: no run lies there, or a converted one.
         ConfigError: an override of something that a resumed run keeps.
     """
-    cfg = _stored_config(Path(run))
+    cfg = stored_config(Path(run))
+    if (Path(run) / "conversion.json").is_file():
+        raise CheckpointError(
+            f"{run} holds a converted model, not a training that stopped: zoo finetune checkpoint={run}."
+        )
     changeable = (
         "trainer.",
         "logger.",
@@ -229,7 +226,7 @@ def _trainer(cfg: DictConfig, folder: Path, checkpoints: Checkpoints) -> pl.Trai
         options["max_epochs"] = -1
     callbacks: list[Callback] = [
         LambdaCallback(
-            on_fit_start=lambda trainer, _: _open_folder(cfg, folder) if trainer.is_global_zero else None
+            on_fit_start=lambda trainer, _: open_folder(cfg, folder) if trainer.is_global_zero else None
         ),
         RandomState(cfg.seed),
         MetricsTable(folder / "metrics.csv" if cfg.logger.csv else None),
@@ -283,35 +280,85 @@ def _way_on(checkpoints: Checkpoints) -> str:
 
 
 def evaluate(cfg: DictConfig) -> RunResult | None:
-    """Test the weights of a run, or of a checkpoint file, on the test part of the data.
+    """Test the weights of a run, or of a checkpoint file, on the test part of the data; or judge a file of
+    results.
 
     Raises:
         ConfigError: neither or both of `run` and `checkpoint` are given, or no data.
         CheckpointError: there are no such weights, or they belong to other sensors, classes or another task.
     """
+    if cfg.get("results"):
+        return _judge(cfg)
+    trained = trained_on(cfg, "evaluate")
+    task = tested(trained.task(), trained.data, cfg)
+    if not task.trainer.is_global_zero:
+        return None
+    folder = Path(cfg.output or (cfg.run or "evaluation"))
+    return RunResult(folder, report(cfg, folder, task, trained.data))
+
+
+def _judge(cfg: DictConfig) -> RunResult:
+    """Judge results that any program found, without a model."""
+    if given := [f"{key}={cfg[key]}" for key in ("run", "checkpoint", "model") if cfg.get(key)]:
+        raise ConfigError(f"zoo evaluate results=FILE judges results alone: leave out {' '.join(given)}.")
+    if not (cfg.domain and cfg.get("data")):
+        raise ConfigError(
+            "zoo evaluate results=FILE needs a domain and data to judge by: domain=detection data=coco "
+            "data.test=ANNOTATIONS.json."
+        )
+    domain = get_domain(cfg.domain)
+    if not domain.judge:
+        raise ConfigError(f"domain={cfg.domain} reads no results of other programs: leave out results=FILE.")
+    data = _data(domain, cfg.data)
+    folder = Path(cfg.output or "evaluation")
+    return RunResult(folder, report(cfg, folder, domain.load("judge")(Path(cfg.results), data), data))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Trained weights and data that they are tested on."""
+
+    model: nn.Module
+    facts: dict[str, Any]
+    stored: DictConfig
+    """The config of their run; empty for a file of weights."""
+    data: DataModule
+
+    def task(self, model: nn.Module | None = None) -> Task:
+        """A fresh task with the model, or with another in its place."""
+        return domain_for(self.model).load("task")(model or self.model, self.stored, self.facts)
+
+
+def trained_on(cfg: DictConfig, verb: str, *, fit: bool = False) -> Trained:
+    """The weights that a verb was given, and the data of its config, or else of their run.
+
+    Args:
+        fit: data are set up with their training part in any case.
+    """
     _quiet()
-    model, facts = load_trained(cfg, "evaluate")
-    stored = _stored_config(Path(cfg.run)) if cfg.run else OmegaConf.create({})
+    model, facts = load_trained(cfg, verb)
+    stored = stored_config(Path(cfg.run)) if cfg.run else OmegaConf.create({})
     domain = domain_for(model)
     settings = cfg.get("data") or stored.get("data")
     if not settings:
         raise ConfigError(
-            "zoo evaluate checkpoint=FILE needs data to test on, for example data=metr_la data.path=FILE."
+            f"zoo {verb} checkpoint=FILE needs data to test on, for example data=metr_la data.path=FILE."
         )
     data = _data(domain, settings)
-    data.setup("test" if cfg.get("data") else "fit")
+    data.setup("test" if cfg.get("data") and not fit else "fit")
     task_class = domain.load("task")
     task_class.check(facts, data, str(cfg.run or cfg.checkpoint or cfg.model))
     task_class.prepare(facts, data)
-    task: Task = task_class(model, stored, facts)
+    return Trained(model, facts, stored, data)
+
+
+def tested(task: Task, data: DataModule, cfg: DictConfig) -> Task:
+    """The task after a test as `cfg.trainer` says."""
     trainer = pl.Trainer(
         **_for_test(cfg), logger=False, enable_checkpointing=False, use_distributed_sampler=False
     )
     trainer.test(task, data, verbose=False)
-    if not trainer.is_global_zero:
-        return None
-    folder = Path(cfg.output or (cfg.run or "evaluation"))
-    return RunResult(folder, _report(cfg, folder, task, data))
+    return task
 
 
 def load_trained(cfg: DictConfig, verb: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -395,7 +442,7 @@ def weights_of(run: str | Path) -> Path:
         CheckpointError: the folder is no run, or the run has not finished.
     """
     run = Path(run)
-    _stored_config(run)
+    stored_config(run)
     if not (run / "model.safetensors").is_file():
         raise CheckpointError(
             f"The run {run} has not finished: there is no model.safetensors. zoo train resume={run}"
@@ -417,79 +464,27 @@ def _for_test(cfg: DictConfig) -> dict[str, Any]:
     return options | {"enable_progress_bar": False, "enable_model_summary": False}
 
 
-# ---- the run folder ----------------------------------------------------------------------------------------
-
-
-def _new_folder(cfg: DictConfig) -> Path:
-    return Path("runs") / cfg.domain.name / cfg.model.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-
-
-def _open_folder(cfg: DictConfig, folder: Path) -> None:
-    for leftover in (folder / "checkpoints").glob(".*.part"):
-        leftover.unlink()
-    zoo_config.write(cfg, folder / "config.yaml")
-    _environment(folder, {"command": sys.argv, "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}"})
-    console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
-
-
-def _stored_config(run: Path) -> DictConfig:
-    if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"There is no run in {run}: config.yaml is missing.")
-    config = OmegaConf.load(run / "config.yaml")
-    assert isinstance(config, DictConfig)
-    return config
+# ---- results -----------------------------------------------------------------------------------------------
 
 
 def _finish(cfg: DictConfig, folder: Path, task: Task, data: DataModule) -> dict[str, Any]:
     """Export the weights, then report on them."""
     merge_lora(task.model)
     save_model(task.model, folder / "model.safetensors", extra=data.extra())
-    results = _report(cfg, folder, task, data)
+    results = report(cfg, folder, task, data)
     console.print(f"Weights, metrics and plots are in {folder}", highlight=False, soft_wrap=True)
     return results
 
 
-def _report(cfg: DictConfig, folder: Path, task: Task, data: DataModule) -> dict[str, Any]:
+def report(cfg: DictConfig, folder: Path, task: Tested, data: DataModule) -> dict[str, Any]:
+    """Write and print the results of a test, and draw its plots."""
     results = task.results(data)
-    _write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     for part in task.report(results):
         console.print(part, highlight=False)
     if cfg.plots:
         task.plots(data, results, folder / "plots")
     return results
-
-
-def _environment(folder: Path, facts: dict[str, Any]) -> None:
-    """Add facts to `environment.json`; the first time, those of the machine and the code."""
-    path = folder / "environment.json"
-    known = (
-        json.loads(path.read_text())
-        if path.is_file()
-        else {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "torch": torch.__version__,
-            "lightning": version("pytorch-lightning"),
-            "threads": torch.get_num_threads(),
-            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "git": _git_state(),
-        }
-    )
-    _write_json(path, known | facts)
-
-
-def _git_state() -> str | None:
-    """Commit of the code, with `-dirty` for changes on top; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=2)
 
 
 def _quiet() -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import pytorch_lightning as pl
 import torch
@@ -47,6 +47,16 @@ class Mean(Metric):
 
     def compute(self) -> Tensor:
         return self.total / self.count.clamp(min=1)
+
+
+class Tested(Protocol):
+    """What a test leaves to report on: a tested `Task`, or judged results."""
+
+    def results(self, data: Any) -> dict[str, Any]: ...
+
+    def report(self, results: dict[str, Any]) -> Sequence[RenderableType]: ...
+
+    def plots(self, data: Any, results: dict[str, Any], folder: Path) -> None: ...
 
 
 class Task(pl.LightningModule):
@@ -120,6 +130,10 @@ class Task(pl.LightningModule):
         return {
             name: float(value) for name, value in self.trainer.callback_metrics.items() if "test/" in name
         }
+
+    def headline(self, results: dict[str, Any]) -> dict[str, float]:
+        """The few numbers of the results by which a model is compared with itself."""
+        return {name: value for name, value in results.items() if isinstance(value, float)}
 
     def report(self, results: dict[str, Any]) -> Sequence[RenderableType]:
         """What the terminal shows of the results."""

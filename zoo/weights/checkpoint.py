@@ -66,17 +66,26 @@ def save_tensors(
         file.write(content)
 
 
-def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path, wrapper: str | None = None) -> None:
+def save_state_dict(
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    wrapper: str | None = None,
+    *,
+    beside: Mapping[str, Any] | None = None,
+) -> None:
     """Write named tensors for another program: `.safetensors`, `.npz`, `.pth` or `.pt`; whole or not at all.
 
     Args:
         wrapper: key under which a PyTorch file holds them; None: it holds nothing else.
+        beside: what a PyTorch file holds under other keys.
 
     Raises:
-        CheckpointError: another suffix.
+        CheckpointError: another suffix, or one of a file that cannot hold what is beside the tensors.
         ZooError: the file cannot be written.
     """
     suffix = Path(path).suffix
+    if beside and suffix not in (".pth", ".pt"):
+        raise CheckpointError(f"{path}: the file also holds {', '.join(beside)}, as only .pth and .pt can.")
     if suffix == ".safetensors":
         save_tensors(tensors, path)
     elif suffix == ".npz":
@@ -86,7 +95,7 @@ def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path, wrapper: st
     elif suffix in (".pth", ".pt"):
         plain: dict[str, Any] = {name: value.detach().cpu().clone() for name, value in tensors.items()}
         with atomic_write(path) as file:
-            torch.save({wrapper: plain} if wrapper else plain, file)
+            torch.save({**(beside or {}), wrapper: plain} if wrapper else plain, file)
     else:
         raise CheckpointError(
             f"{path}: cannot write {suffix or 'a file without suffix'}; use .safetensors, .npz or .pth."

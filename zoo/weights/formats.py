@@ -27,9 +27,12 @@ PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before every name."""
 
 FAIRCHEM = "fairchem.core.units.mlip_unit.api.inference.MLIPInferenceCheckpoint"
-PICKLED = {FAIRCHEM: "domains.atoms.weights.pickled:read"}
-"""Classes of which programs pickle an object as their checkpoint, and what reads it: imported when needed."""
-
+HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
+RUNNER = "domains.detection.weights.runner"
+PICKLED = {FAIRCHEM: "domains.atoms.weights.pickled:read", HISTORY: f"{RUNNER}:read"}
+"""Classes of which programs pickle an object into their checkpoint, and what reads it: imported on use."""
+TOLD = "built_from"
+"""The tensor in which a model of ours, trained by the runner of mmengine, tells how it is built."""
 LONGEST_HEADER = 100_000_000
 """Bytes of JSON that safetensors allows at the front of a file."""
 
@@ -37,7 +40,8 @@ LONGEST_HEADER = 100_000_000
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and text metadata of a weight file; the format is told by its content, not its suffix.
 
-    The metadata `official` are the options of an official program, as JSON, where its file tells them.
+    The metadata `official` are the options of an official program, as JSON, where its file tells them;
+    `classes` the names of classes, as JSON, that programs on mmengine write beside the weights.
 
     Reads safetensors, PyTorch files (with `weights_only=True`), `.npz`, and TensorFlow V2 checkpoints by
     their prefix or either of their files.
@@ -145,7 +149,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        return _state_dict(load_torch(path), path), {}
+        return unwrapped(load_torch(path), path)
     except NamedObject as error:
         if error.name not in PICKLED:
             raise
@@ -194,6 +198,21 @@ def _refusal(path: Path, message: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is damaged, or a pickle that is not made of tensors only; it was not opened."
     )
+
+
+def unwrapped(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata, as of `read_tensors`, of what a training program saved.
+
+    Raises:
+        CheckpointError: there is no state dict in it.
+    """
+    meta = content.get("meta") if isinstance(content, dict) else None
+    told = meta.get("dataset_meta", meta) if isinstance(meta, dict) else {}
+    classes = (told.get("classes") or told.get("CLASSES")) if isinstance(told, dict) else None
+    state = _state_dict(content, path)
+    if TOLD in state:
+        return importlib.import_module(RUNNER).told(state, classes)
+    return state, {"classes": json.dumps(list(classes))} if classes else {}
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

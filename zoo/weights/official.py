@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +38,16 @@ class OfficialLayout:
 
     wrapper: ClassVar[str | None] = None
     """Key under which PyTorch files of the official program hold the state dict, e.g. BasicSR's `params`."""
+
+    others: ClassVar[dict[str, str]] = {}
+    """Further programs that read this model in a layout of their own: their name -> `"module:function"`. The
+    function takes the model and the `extra` of its checkpoint, and returns what a PyTorch file of the program
+    holds, the tensors under `state_dict`. (Their files are read by way of `canonical`.)"""
+
+    @staticmethod
+    def facts(model: nn.Module, metadata: Mapping[str, str]) -> dict[str, Any]:
+        """The `extra` of a checkpoint of ours, as far as an official file tells it beside the weights."""
+        return {}
 
     @staticmethod
     def canonical(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -35,7 +35,8 @@ def create_backbone(name: str, levels: int = 1, **options: Any) -> nn.Module:
         name: a ResNet, a Swin, a model of `zoo.list_models("vision/*")`, or one of timm (`timm/NAME` where
             both have it).
         levels: how many maps, the last ones.
-        options: arguments of the model, such as `dilation`.
+        options: arguments of the model, such as `dilation`; of the zoo's and timm's, `out_indices` chooses
+            other maps.
 
     Raises:
         ConfigError: no such backbone, or it has fewer levels.
@@ -46,7 +47,7 @@ def create_backbone(name: str, levels: int = 1, **options: Any) -> nn.Module:
         return Swin(levels, **(SWINS[name] | options))
     import timm
 
-    options |= {"features_only": True, "out_indices": tuple(range(-levels, 0))}
+    options = {"out_indices": tuple(range(-levels, 0))} | options | {"features_only": True}
     own = registry.list_models("vision/*")
     bare = name.removeprefix("timm/")
     try:

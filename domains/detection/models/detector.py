@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypedDict
+from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from domains.detection.boxes import to_corners
 from domains.detection.models.common import MLP, best_pairs, full
+from domains.detection.models.denoising import Denoised
 from zoo.errors import ConfigError, DataError
 
 
@@ -29,6 +30,7 @@ class Outputs(Prediction):
     """Of the last decoder layer, and of those before it where they were asked for."""
 
     auxiliary: list[Prediction]
+    denoised: NotRequired[Denoised]
 
 
 class Detections(TypedDict):
@@ -78,6 +80,9 @@ class GroupDetector(Checkpointed):
         groups: G.
     """
 
+    head_modules: tuple[str, ...] = ("class_embed", "bbox_embed")
+    """What fine-tuning of the heads alone trains."""
+
     def __init__(self, num_classes: int, num_queries: int, groups: int) -> None:
         super().__init__()
         for name, value in {
@@ -88,6 +93,7 @@ class GroupDetector(Checkpointed):
             if value < 1:
                 raise ConfigError(f"{name} is at least 1, not {value}.")
         self.num_classes, self.num_queries, self.groups = num_classes, num_queries, groups
+        self.denoising = 0
 
     @property
     def active_groups(self) -> int:

@@ -2,13 +2,15 @@
 
 Every group has its own head on the encoder's cells and starts from the N boxes that this head likes best
 (mixed query selection, Zhang et al. 2023: boxes from the image, content learned). The decoder is shared,
-groups do not see each other, and evaluation uses the first.
+groups do not see each other, and evaluation uses the first. With denoising and with layers that learn from
+the box of the next one (look forward twice) it is DINO.
 
 Shapes: B images, S cells of all L maps, Q queries of all groups, N queries of a group, d width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +27,14 @@ from domains.detection.models.common import (
     sine_embedding,
 )
 from domains.detection.models.conditional import FFN, EncoderAttention, reset_transformer
+from domains.detection.models.denoising import Noised, noised_objects
 from domains.detection.models.detector import (
     GroupDetector,
     Outputs,
     Prediction,
     box_heads,
     check_width,
+    layers,
     pack,
 )
 from domains.detection.models.group_pose_layers import (
@@ -41,10 +45,13 @@ from domains.detection.models.group_pose_layers import (
     flatten_maps,
 )
 from domains.detection.models.multi_scale import GROUPS, positions, projected, projections
-from zoo.attention import EqualGroups
+from zoo.attention import EqualGroups, Pattern
 from zoo.attention.deformable import Shapes
 from zoo.errors import ConfigError, DataError
 from zoo.registry import register_model
+
+Section = tuple[int, Pattern | None]
+"""So many consecutive queries, and who of them sees whom; they see nobody else."""
 
 SIDE = 0.05
 """Of a proposal on the finest map, in parts of the image; doubled from map to map."""
@@ -72,11 +79,13 @@ class DecoderLayer(nn.Module):
         memory: Tensor,
         shapes: Shapes,
         real: Tensor | None,
-        groups: int,
+        sections: Sequence[Section],
     ) -> Tensor:
         """`(B, Q, d) -> (B, Q, d)`; boxes as references, `(B, Q, L, 4)`."""
-        pattern = EqualGroups(x.shape[1] // groups) if groups > 1 else None
-        x = self.norm1(x + self.dropout(self.self_attn(x, pos, pattern)))
+        sizes = [size for size, _ in sections]
+        parts = zip(x.split(sizes, 1), pos.split(sizes, 1), sections, strict=True)
+        mixed = torch.cat([self.self_attn(part, place, pattern) for part, place, (_, pattern) in parts], 1)
+        x = self.norm1(x + self.dropout(mixed))
         values = self.cross_attn.values(memory, real)
         read = self.cross_attn(x + pos, references, values, shapes)
         x = self.norm2(x + self.dropout(read))
@@ -121,10 +130,14 @@ class GroupDeformable(GroupDetector):
         ffn_dim: hidden width of the FFNs.
         dropout: of attention weights, branches and FFNs.
         temperature: of sine encodings.
+        denoising: pairs of noised objects that training decodes beside the queries; needs `targets`.
+        look_forward_twice: the box of a layer also trains the layer before.
 
     Raises:
         ConfigError: sizes that do not fit together, or an unknown backbone.
     """
+
+    head_modules: tuple[str, ...] = ("proposal_heads", "class_embed", "bbox_embed")
 
     def __init__(
         self,
@@ -144,6 +157,8 @@ class GroupDeformable(GroupDetector):
         ffn_dim: int = 2048,
         dropout: float = 0.0,
         temperature: float = 20.0,
+        denoising: int = 0,
+        look_forward_twice: bool = False,
     ) -> None:
         super().__init__(num_classes, num_queries, groups)
         check_width(embed_dim, num_heads)
@@ -152,7 +167,10 @@ class GroupDeformable(GroupDetector):
                 f"embed_dim={embed_dim} has to be a multiple of {GROUPS}, num_levels={num_levels} at least "
                 f"backbone_levels={backbone_levels}, and dec_layers={dec_layers} at least 1."
             )
-        self.temperature = temperature
+        if denoising < 0:
+            raise ConfigError(f"denoising is a number of pairs, 0 for none, not {denoising}.")
+        self.temperature, self.denoising = temperature, denoising
+        self.look_forward_twice = look_forward_twice
         self.backbone = create_backbone(backbone, backbone_levels, **(backbone_options or {}))
         channels: Any = self.backbone.channels
         self.input_proj = projections(channels, embed_dim, num_levels)
@@ -164,6 +182,9 @@ class GroupDeformable(GroupDetector):
             reset_transformer(layer.ffn)  # pyright: ignore[reportArgumentType]
         self.proposal_heads = nn.ModuleList(ProposalHead(embed_dim, num_classes) for _ in range(groups))
         self.query_embed = nn.Embedding(num_queries * groups, embed_dim)
+        if denoising:
+            self.head_modules = (*self.head_modules, "label_embed")
+            self.label_embed = nn.Embedding(num_classes, embed_dim)
         self.ref_point_head = MLP(2 * embed_dim, embed_dim, embed_dim, 2)
         reset_transformer(self.ref_point_head)
         self.decoder = nn.ModuleList(DecoderLayer(*sizes, **maps) for _ in range(dec_layers))
@@ -171,25 +192,38 @@ class GroupDeformable(GroupDetector):
         self.class_embed, self.bbox_embed = box_heads(embed_dim, num_classes)
 
     def forward(
-        self, images: Tensor, mask: Tensor | None = None, *, auxiliary: bool | None = None
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        *,
+        auxiliary: bool | None = None,
+        targets: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> Outputs:
         """Images `(B, 3, H, W)`, normalised, with mask `(B, H, W)`, True = padding, to predictions.
 
         Args:
             auxiliary: also give the proposals (first) and the predictions of the layers before the last; by
                 default in training only.
+            targets: of each image, `labels` `(T,)` and `boxes` `(T, 4)`, for denoising in training.
 
         Raises:
-            DataError: images or a mask of another shape, or images with fewer cells than queries.
+            DataError: images or a mask of another shape, images with fewer cells than queries, or no targets
+                where training needs them.
         """
         check_images(images, mask)
+        noised = self._noised(targets) if self.training and self.denoising else None
         maps = projected(self.input_proj, self.backbone(images))
         cells = cells_of([(m.shape[2], m.shape[3]) for m in maps], mask, images.device)
         x, pos = flatten_maps(maps), positions(cells, self.level_embed, self.temperature)
         references = cells.references.expand(len(x), -1, -1, -1)
         for layer in self.encoder:
             x = self.run(layer, x, pos, references, cells.shapes, cells.real)
-        return self._decode(x, cells, self.training if auxiliary is None else auxiliary)
+        return self._decode(x, cells, self.training if auxiliary is None else auxiliary, noised)
+
+    def _noised(self, targets: Sequence[Mapping[str, Tensor]] | None) -> Noised | None:
+        if targets is None:
+            raise DataError("Training with denoising needs targets: model(images, mask, targets=targets).")
+        return noised_objects(targets, self.num_classes, self.denoising)
 
     def _proposed(self, memory: Tensor, cells: Cells) -> Prediction:
         """Of all active groups, `(B, Q, ...)`."""
@@ -208,24 +242,35 @@ class GroupDeformable(GroupDetector):
             "boxes": torch.cat([part["boxes"] for part in found], 1),
         }
 
-    def _decode(self, memory: Tensor, cells: Cells, auxiliary: bool) -> Outputs:
+    def _decode(self, memory: Tensor, cells: Cells, auxiliary: bool, noised: Noised | None) -> Outputs:
         groups, start = self.active_groups, self._proposed(memory, cells)
         x = self.query_embed.weight[: groups * self.num_queries].expand(len(memory), -1, -1)
-        boxes, found, moved = start["boxes"].detach(), [], []
+        boxes, matched = start["boxes"].detach(), x.shape[1]
+        sections: list[Section] = [(matched, EqualGroups(self.num_queries) if groups > 1 else None)]
+        if noised is not None:
+            x = torch.cat([x, self.label_embed(noised.labels)], 1)
+            boxes = torch.cat([boxes, noised.boxes], 1)
+            sections.append((noised.labels.shape[1], noised.pattern))
+        before, found, moved = boxes, [], []
         valid = cells.valid.repeat(1, 1, 2)[:, None]
         for i, layer in enumerate(self.decoder):
             pos = self.ref_point_head(sine_embedding(boxes, x.shape[-1] // 2, self.temperature))
             references = boxes[:, :, None] * valid
-            x = self.run(layer, x, pos, references, memory, cells.shapes, cells.real, groups)
+            x = self.run(layer, x, pos, references, memory, cells.shapes, cells.real, sections)
             normed = self.norm(x)
-            refined = (full(self.bbox_embed(normed)) + inverse_sigmoid(boxes)).sigmoid()
+            step = full(self.bbox_embed(normed))
             if auxiliary or i == len(self.decoder) - 1:
                 found.append(normed)
-                moved.append(refined)
-            boxes = refined.detach()
-        outputs = pack(full(self.class_embed(torch.stack(found))), torch.stack(moved))
+                moved.append((step + inverse_sigmoid(before if self.look_forward_twice else boxes)).sigmoid())
+            before = (step + inverse_sigmoid(boxes)).sigmoid()
+            boxes = before.detach()
+        logits, moved = full(self.class_embed(torch.stack(found))), torch.stack(moved)
+        outputs = pack(logits[:, :, :matched], moved[:, :, :matched])
         if auxiliary:
             outputs["auxiliary"].insert(0, start)
+        if noised is not None:
+            repaired = pack(logits[:, :, matched:], moved[:, :, matched:])
+            outputs["denoised"] = {"noised": noised, "outputs": layers(repaired)}
         return outputs
 
 
@@ -248,11 +293,35 @@ ABOUT: dict[str, Any] = {
     "status": "re-implementation",
     "preprocessing": {"mean": PIXEL_MEAN, "std": PIXEL_STD, "channels": "RGB", "short": 800, "long": 1333},
 }
+DINO: dict[str, Any] = ABOUT | {
+    "paper": f"DINO (Zhang et al.; ICLR 2023, arXiv 2203.03605); {ABOUT['paper']}",
+}
 
 
 @register_model(summary="Two-stage Group Deformable DETR, ResNet-50, 13 groups of 300 queries", **ABOUT)
 def group_deformable_r50(**options: Any) -> GroupDeformable:
     return GroupDeformable(**options)
+
+
+@register_model(
+    summary="DINO with groups: ResNet-50, 11 groups of 900 queries, 100 pairs of noised objects",
+    **DINO,
+)
+def group_dino_r50(
+    *,
+    num_queries: int = 900,
+    groups: int = 11,
+    denoising: int = 100,
+    look_forward_twice: bool = True,
+    **options: Any,
+) -> GroupDeformable:
+    return GroupDeformable(
+        num_queries=num_queries,
+        groups=groups,
+        denoising=denoising,
+        look_forward_twice=look_forward_twice,
+        **options,
+    )
 
 
 @register_model(

@@ -113,6 +113,12 @@ class GroupPose(Checkpointed):
         ConfigError: sizes that do not fit together, or an unknown backbone.
     """
 
+    head_modules: tuple[str, ...] = (
+        *("enc_class_embed", "enc_pose_embed", "keypoint_embedding"),
+        *("class_embed", "pose_embed"),
+    )
+    """What fine-tuning of the heads alone trains: all that depends on classes and keypoints."""
+
     def __init__(
         self,
         num_keypoints: int = 17,

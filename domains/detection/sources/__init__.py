@@ -1,1 +1,1 @@
-"""Where annotated images come from: COCO and CrowdPose json, YOLO text files, Pascal VOC xml."""
+"""Where annotated images come from: json of COCO, CrowdPose and LabelMe, YOLO text, Pascal VOC xml."""

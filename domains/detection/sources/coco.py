@@ -20,7 +20,7 @@ def load_json(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path} is no text: a COCO json file is expected.") from None
+        raise DataError(f"{path} is no text: a json file is expected.") from None
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path} is no whole json file: {error.msg} at line {error.lineno}, character {error.pos}. Was "

@@ -8,6 +8,7 @@ from typing import Any
 
 from domains.detection.annotations import Collection
 from domains.detection.sources.coco import load_json, read_coco
+from domains.detection.sources.labelme import read_labelme
 from domains.detection.sources.voc import read_voc
 from domains.detection.sources.yolo import read_description, read_yolo
 from zoo.errors import ConfigError, DataError
@@ -25,15 +26,17 @@ def read_parts(
     files: Mapping[str, Path] | None = None,
     images: Path | None = None,
     keypoints: bool = False,
+    images_needed: bool = True,
 ) -> dict[str, Collection]:
     """The parts of a data set; `all` where it has none.
 
     Args:
-        name: `coco` (also CrowdPose and Roboflow's export), `yolo` or `voc`.
+        name: `coco` (also CrowdPose and Roboflow's export), `yolo`, `voc` or `labelme`.
         path: its folder, or one file of annotations.
         files: instead, COCO json by part.
         images: the folder of images, where it is none of the usual.
         keypoints: read keypoints rather than boxes alone.
+        images_needed: refuse COCO json whose images are nowhere.
 
     Raises:
         ConfigError: nothing to read from was given.
@@ -42,14 +45,16 @@ def read_parts(
     if files:
         if name != "coco":
             raise ConfigError("data.train, data.val and data.test name json files of data=coco.")
-        return {part: _coco(file, images, keypoints) for part, file in files.items()}
+        return {part: _coco(file, images, keypoints, images_needed) for part, file in files.items()}
     if path is None:
         raise ConfigError(f"data={name} needs data.path=FOLDER.")
     if not path.exists():
         raise DataError(f"There is no {path}.")
     if name == "coco":
         found = {"all": path} if path.is_file() else _coco_files(path, keypoints)
-        return {part: _coco(file, images, keypoints) for part, file in found.items()}
+        return {part: _coco(file, images, keypoints, images_needed) for part, file in found.items()}
+    if name == "labelme":
+        return read_labelme(_labelme_files(path), images, keypoints=keypoints)
     return _yolo(path, keypoints) if name == "yolo" else _voc(path, keypoints)
 
 
@@ -88,11 +93,11 @@ def _stems(keypoints: bool) -> tuple[str, ...]:
     return ("person_keypoints_", "crowdpose_", "") if keypoints else ("instances_", "", "crowdpose_")
 
 
-def _coco(file: Path, images: Path | None, keypoints: bool) -> Collection:
-    return read_coco(file, images or _image_folder(file), keypoints=keypoints)
+def _coco(file: Path, images: Path | None, keypoints: bool, images_needed: bool) -> Collection:
+    return read_coco(file, images or _image_folder(file, images_needed), keypoints=keypoints)
 
 
-def _image_folder(file: Path) -> Path:
+def _image_folder(file: Path, needed: bool) -> Path:
     """Where the first image of a json file lies, among the usual places.
 
     Raises:
@@ -108,6 +113,8 @@ def _image_folder(file: Path) -> Path:
     for place in places:
         if (place / first).is_file():
             return place
+    if not needed:
+        return file.parent
     shown = ", ".join(str(place) for place in places)
     raise DataError(f"{file}: its image {first} is in none of {shown}. Set data.images=FOLDER.")
 
@@ -181,15 +188,32 @@ def _voc_lists(root: Path) -> dict[str, list[Path]]:
 
 def _voc_folders(path: Path) -> dict[str, list[Path]]:
     """Xml files beside their images, in a folder for each part or in one."""
+    every = sorted(path.glob("*.xml"))
+    return _part_folders(path, "*.xml") or ({"all": every} if every else {})
+
+
+def _part_folders(path: Path, pattern: str) -> dict[str, list[Path]]:
+    """The files in `train`, `valid` and so on, of those that there are."""
     found = {
-        part: sorted((path / name).glob("*.xml"))
+        part: sorted((path / name).glob(pattern))
         for part, names in FOLDERS.items()
         for name in names
         if (path / name).is_dir()
     }
-    found = {part: files for part, files in found.items() if files}
-    every = sorted(path.glob("*.xml"))
-    return found or ({"all": every} if every else {})
+    return {part: files for part, files in found.items() if files}
+
+
+# ---- LabelMe -----------------------------------------------------------------------------------------------
+
+
+def _labelme_files(path: Path) -> dict[str, list[Path]]:
+    """Json files in a folder for each part, or in one, with their subfolders."""
+    if path.is_file():
+        return {"all": [path]}
+    every = sorted(file for file in path.rglob("*.json") if not file.name.startswith("."))
+    if not every:
+        raise DataError(f"{path} has no json files, as LabelMe writes them beside the images.")
+    return _part_folders(path, "**/[!.]*.json") or {"all": every}
 
 
 def check_agree(parts: Mapping[str, Collection]) -> None:

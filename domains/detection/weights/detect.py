@@ -27,7 +27,7 @@ def detect(state: dict[str, Tensor]) -> str | None:
     the plain variant is named.
     """
     for names, layout in FAMILIES.items():
-        if layout.matches(state):
+        if layout.matches(layout.canonical(state)):
             return _of_sizes(names, _told(layout, state))
     return None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from domains.detection.weights import openmmlab
 from domains.detection.weights.renamed import (
     DetectionLayout,
     count_layers,
@@ -23,8 +25,9 @@ POSITIONS = {"v2": "sine", "v3": "learned"}
 
 
 class GroupDETROfficial(DetectionLayout):
-    """State dicts of both programs; Conditional DETR is the case of one group."""
+    """State dicts of both programs; Conditional DETR is the case of one group. mmdet's are read as well."""
 
+    others: ClassVar[dict[str, str]] = {"mmdet": "domains.detection.weights.openmmlab:exported"}
     renames = (
         (r"backbone\.", "backbone.0.body."),
         (r"position\.", "backbone.1."),
@@ -48,6 +51,15 @@ class GroupDETROfficial(DetectionLayout):
         (r"decoder\.layers\.(\d+)\.ffn\.fc", rf"{DECODER}.\1.linear"),
         (r"decoder\.", "transformer.decoder."),
     )
+
+    @staticmethod
+    def canonical(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of mmdet's own Conditional DETR."""
+        return openmmlab.to_official(state_dict) if openmmlab.is_mmdet(state_dict) else state_dict
+
+    @staticmethod
+    def facts(model: nn.Module, metadata: Mapping[str, str]) -> dict[str, Any]:
+        return openmmlab.facts_of(json.loads(metadata["classes"])) if "classes" in metadata else {}
 
     @staticmethod
     def matches(state_dict: Mapping[str, Tensor]) -> bool:

@@ -33,6 +33,7 @@ from domains.forecasting.weights import Chronos2Official
 from zoo.attention import rotary_tables
 from zoo.attention.capture import recorder
 from zoo.attention.layers import AttentionLayer
+from zoo.attention.layers.multihead import MultiHead
 from zoo.errors import ConfigError, DataError, did_you_mean
 from zoo.registry import register_model
 
@@ -150,6 +151,10 @@ class Chronos2(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 nn.init.normal_(module.q.weight, std=factor * (self.d_model * self.d_kv) ** -0.5)
+
+    def core_layers(self) -> dict[str, MultiHead]:
+        """Its own attention over time as layers of the core, by the name of the module that holds another."""
+        return {f"encoder.{name}": own for name, own in self.encoder.core_layers(self.rope_theta).items()}
 
     # ---- from series to tokens -----------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from domains.forecasting.models.groups import RowGroups, attend_rows, can_skip_weights, values_alone
 from zoo.attention import Padding, attend, rotary
 from zoo.attention.layers import create_attention
+from zoo.attention.layers.multihead import MultiHead
 from zoo.errors import ConfigError
 
 ACTIVATIONS = {
@@ -95,6 +96,17 @@ class TimeAttention(Attention):
         q, k = rotary(q, cos[-keep:], sin[-keep:]), rotary(k, cos, sin)
         out = attend(q, k, v, pattern=padding, scale=1.0, dropout=self.rate)
         return self.o(out.permute(2, 0, 1, 3).flatten(2))
+
+    @torch.no_grad()
+    def as_layer(self, rope_theta: float) -> MultiHead:
+        """The same attention as a layer of the core."""
+        dim, inner = self.q.in_features, self.q.out_features
+        options: dict[str, Any] = {"head_dim": inner // self.num_heads, "rope_theta": rope_theta}
+        layer = MultiHead(dim, self.num_heads, dropout=self.weight_dropout, **options).to(self.q.weight)
+        layer.q_proj.weight.copy_(self.q.weight * layer.head_dim**0.5)  # scores here have no scale
+        for target, own in ((layer.k_proj, self.k), (layer.v_proj, self.v), (layer.o_proj, self.o)):
+            target.weight.copy_(own.weight)
+        return layer.train(self.training)
 
 
 class OtherTimeAttention(nn.Module):
@@ -259,3 +271,8 @@ class Encoder(nn.Module):
             x = block(x, len(x), tables, groups, seen, unseen)
         x = self.block[-1](x, keep, tables, groups, seen, unseen)
         return self.dropout(self.final_layer_norm(x))
+
+    def core_layers(self, rope_theta: float) -> dict[str, MultiHead]:
+        """The published attention over time as layers of the core, where `OtherTimeAttention` holds them."""
+        own = {name: part for name, part in self.named_modules() if isinstance(part, TimeAttention)}
+        return {f"{name}.layer": attention.as_layer(rope_theta) for name, attention in own.items()}

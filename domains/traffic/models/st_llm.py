@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from domains.traffic.models.common import check_window, features_of_time
 from domains.traffic.weights import STLLMOfficial, gpt2_start
 from zoo.attention import Causal, attend
 from zoo.attention.layers import AttentionLayer, create_attention
+from zoo.attention.layers.multihead import MultiHead
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.freeze import freeze_blocks
 from zoo.registry import register_model
@@ -209,6 +210,24 @@ class STLLM(nn.Module):
         readings = channels.transpose(1, 2).flatten(2)
         tokens = self.fusion(self.tokens(readings, slot, weekday))
         return self.head(self.gpt2(tokens)).transpose(1, 2)
+
+    @torch.no_grad()
+    def core_layers(self) -> dict[str, MultiHead]:
+        """GPT-2's attention as layers of the core, by the name of the module that holds another."""
+        layers = {}
+        for i, block in enumerate(self.gpt2.blocks):
+            own = cast(GPT2Block, block)
+            options: dict[str, Any] = {"causal": True, "dropout": own.dropout.p}
+            layer = MultiHead(
+                own.proj.in_features, own.num_heads, qkv_bias=True, out_bias=True, **options
+            ).to(own.proj.weight)
+            parts = (layer.q_proj, layer.k_proj, layer.v_proj)
+            for key in ("weight", "bias"):
+                for part, rows in zip(parts, getattr(own.qkv, key).chunk(3), strict=True):
+                    getattr(part, key).copy_(rows)
+            layer.o_proj.load_state_dict(own.proj.state_dict())
+            layers[f"gpt2.blocks.{i}.attention"] = layer.train(self.training)
+        return layers
 
     def load_backbone(self, path: str | Path) -> None:
         """Start from pretrained GPT-2 weights: a file of the transformers library (`model.safetensors`).

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -141,10 +143,76 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, changes: Any, messa
         predict(Brightest(), FACTS, settings(tmp_path / "a.png", tmp_path, **changes))
 
 
-def test_every_frame_of_an_animation_is_an_image(tmp_path: Path) -> None:
+def animation(path: Path) -> Path:
+    """A red, a green and a blue frame of 10 x 20 pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     pictures = [Image.new("RGB", (20, 10), colour) for colour in ("red", "lime", "blue")]
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
-    found = list(read_frames(tmp_path / "a.gif"))
+    pictures[0].save(path, save_all=True, append_images=pictures[1:])
+    return path
+
+
+class Capture:
+    """As `cv2.VideoCapture`: two frames, blue, green and red first; none of an empty file."""
+
+    def __init__(self, path: str) -> None:
+        self.left = 2 if Path(path).stat().st_size else 0
+
+    def read(self) -> tuple[bool, np.ndarray | None]:
+        self.left -= 1
+        blue = np.zeros((10, 20, 3), np.uint8)
+        blue[..., 0] = 255
+        return (True, blue) if self.left >= 0 else (False, None)
+
+    def release(self) -> None:
+        self.left = 0
+
+
+@pytest.fixture
+def opencv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenCV, and no PyAV, as far as can be seen."""
+    real = importlib.util.find_spec
+    found = {"av": None, "cv2": True}
+    monkeypatch.setattr(frames.importlib.util, "find_spec", lambda n: found[n] if n in found else real(n))
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=Capture))
+
+
+def test_frames_of_an_animation_and_a_video_are_numbered_and_drawn(tmp_path: Path, opencv: None) -> None:
+    animation(tmp_path / "in" / "a.gif")
+    write_image(tmp_path / "in" / "b.png")
+    (tmp_path / "in" / "c.mp4").write_bytes(b"video")
+    cfg = settings(tmp_path / "in", tmp_path, plots=str(tmp_path / "p"))
+    written, *drawings = predict(Brightest(), FACTS, cfg)
+    found = json.loads(written.read_text())
+    names = ["a.gif#0", "a.gif#1", "a.gif#2", "b.png", "c.mp4#0", "c.mp4#1"]
+    assert [(e["image_id"], e["file_name"]) for e in found] == list(enumerate(names, 1))
+    assert [path.name for path in drawings] == [
+        "0001_a.gif_000000.png",
+        "0002_a.gif_000001.png",
+        "0003_a.gif_000002.png",
+        "0004_b.png.png",
+        "0005_c.mp4_000000.png",
+        "0006_c.mp4_000001.png",
+    ]
+    corners = [np.asarray(Image.open(path).convert("RGB"))[-1, -1].argmax() for path in drawings]
+    assert corners[:3] == [0, 1, 2]
+    assert corners[4] == 2
+
+
+def test_damaged_animations_and_videos_are_named(tmp_path: Path, opencv: None) -> None:
+    file = tmp_path / "a.gif"
+    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3)).astype(np.uint8)
+    pictures = [Image.fromarray(frame) for frame in noise]
+    pictures[0].save(file, save_all=True, append_images=pictures[1:])
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"a\.gif cannot be read as an"):
+        list(read_frames(file))
+    (tmp_path / "v.mp4").write_bytes(b"")
+    with pytest.raises(DataError, match=r"v\.mp4 cannot be read as a video"):
+        list(read_frames(tmp_path / "v.mp4"))
+
+
+def test_every_frame_of_an_animation_is_an_image(tmp_path: Path) -> None:
+    found = list(read_frames(animation(tmp_path / "a.gif")))
     assert [frame.name for frame in found] == ["a.gif#0", "a.gif#1", "a.gif#2"]
     assert [np.asarray(frame.image)[5, 5].argmax() for frame in found] == [0, 1, 2]
 
@@ -156,6 +224,11 @@ def test_a_video_needs_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert find_inputs(str(tmp_path)) == [tmp_path / "v.mp4"]
     with pytest.raises(MissingExtra, match=r"PyAV \(pip install av\) or OpenCV"):
         list(read_frames(tmp_path / "v.mp4"))
+    write_image(tmp_path / "a.png")
+    model = Brightest()
+    with pytest.raises(MissingExtra, match=r"v\.mp4 is a video"):
+        predict(model, FACTS, settings(tmp_path, tmp_path))
+    assert not model.shapes
 
 
 def test_drawings_show_boxes_at_their_place() -> None:

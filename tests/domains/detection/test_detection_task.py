@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from domains.detection.keypoints import COCO, CROWDPOSE, PoseLoss
 from domains.detection.matching import SetLoss
 from domains.detection.metrics import coco_scores
 from domains.detection.sources.layouts import read_parts
-from domains.detection.task import DetectionTask, build_loss, coco_results
+from domains.detection.task import DetectionTask, batch_hint, build_loss, coco_results
 from domains.detection.transfer import official_facts
+from zoo.config import compose
 from zoo.errors import ConfigError, DataError
 
 
@@ -192,12 +194,62 @@ def test_losses_by_what_the_model_predicts() -> None:
         build_loss(name="l1")
 
 
-def test_a_batch_without_any_object_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("batch", "accumulated", "lr", "hint"),
+    [
+        (16, 1, 1e-4, None),
+        (4, 4, 1e-4, None),
+        (
+            4,
+            1,
+            1e-4,
+            "4 images a step, .* has 16: .* optimizer.lr=2.5e-05; .*accumulate_grad_batches=4.$",
+        ),
+        (32, 1, 1e-4, "32 images a step, .* optimizer.lr=0.0002.$"),
+        (6, 1, 1e-4, "optimizer.lr=3.75e-05.$"),
+        (4, 2, 5e-5, "^8 images a step, where the published recipe has 16: AP may differ.$"),
+    ],
+)
+def test_batches_of_another_size_than_published_are_told_the_learning_rate(
+    batch: int, accumulated: int, lr: float, hint: str | None
+) -> None:
+    cfg = compose("train", ["domain=detection", "data=coco", f"optimizer.lr={lr}"])
+    found = batch_hint(cfg, batch, accumulated)
+    assert found is None if hint is None else re.search(hint, found or "")
+    assert batch_hint(compose("train", ["domain=detection"]), batch, accumulated) is None
+
+
+def _one_object(tmp_path: Path) -> DetectionData:
+    """Two images, of which the second is empty."""
     folder = write_coco(tmp_path, [box(1, 1, (5, 6, 20, 10), 3)], SHAPES)
     file = folder / "annotations/instances_val2017.json"
     data = DetectionData("coco", train=file, val=file, test=file, short=40, long=60)
     data.setup("fit")
-    model = zoo.create_model("group_detr_mini", num_classes=2, num_queries=4, embed_dim=32).train()
+    return data
+
+
+SMALL = {"num_classes": 2, "num_queries": 4, "embed_dim": 32}
+
+
+def test_denoising_adds_to_the_loss_of_training_only(tmp_path: Path) -> None:
+    data = _one_object(tmp_path)
+    model = zoo.create_model("group_deformable_mini", **SMALL, denoising=5)
+    task = DetectionTask(model.train(), OmegaConf.create(), data.extra())
+    batch = data.collate([data.train_set[0]])
+    outputs: Any = model(batch[0]["images"], batch[0]["mask"], targets=batch[0]["targets"])
+    alone = task._error({k: v for k, v in outputs.items() if k != "denoised"}, batch[0]["targets"])
+    total = task.loss(batch, "train")[0]
+    assert float(total.detach()) > 1.2 * float(alone.detach())
+    total.backward()
+    assert float(model.label_embed.weight.grad.abs().sum()) > 0  # pyright: ignore
+    assert "denoised" not in model.eval()(batch[0]["images"], batch[0]["mask"])
+
+
+@pytest.mark.parametrize("options", [{}, {"denoising": 5}])
+def test_a_batch_without_any_object_trains(tmp_path: Path, options: dict[str, int]) -> None:
+    data = _one_object(tmp_path)
+    name = "group_deformable_mini" if options else "group_detr_mini"
+    model = zoo.create_model(name, **SMALL, **options).train()
     task = DetectionTask(model, OmegaConf.create(), data.extra())
     total, count = task.loss(data.collate([data.train_set[1]]), "train")
     total.backward()

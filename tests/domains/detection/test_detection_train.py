@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from annotated_small import PERSON, box, pose, write_coco
 from typer.testing import CliRunner
 
+from zoo import create_model
 from zoo.cli import app
 from zoo.errors import CheckpointError, DataError
 from zoo.weights.checkpoint import load_model, read_checkpoint
@@ -180,6 +183,38 @@ def test_fine_tuning_to_another_skeleton(poses: tuple[Path, str], tmp_path: Path
     model = load_model(run / "model.safetensors")[0]
     assert model.num_keypoints == 2
     assert read_checkpoint(run / "model.safetensors")[1]["extra"]["skeleton"]["names"] == ["head", "tail"]
+
+
+@pytest.mark.parametrize("method", ["head", "probe"])
+def test_heads_alone_are_trained_on_frozen_features(
+    boxes: tuple[Path, str], tmp_path: Path, method: str
+) -> None:
+    """All heads: one of new classes would be of no use untrained. A probe starts from fresh ones."""
+    run = tmp_path / "run"
+    given = ("data=coco", f"data.path={other_data(tmp_path)}", "data.augment=null", "data.short=64")
+    rest = ("data.batch_size=2", "data.num_workers=0", "trainer.max_steps=2", "optimizer.lr=1e-3")
+    options = (*given, "data.long=128", *rest, *QUIET, f"run_dir={run}", "plots=false", f"method={method}")
+    printed = zoo("finetune", f"checkpoint={boxes[0]}", *options)
+    assert re.search(rf"{method}: [\d,]+ of [\d,]+ parameters are trained", printed)
+    old, new = (load_model(folder / "model.safetensors")[0].state_dict() for folder in (boxes[0], run))
+    changed = {key for key in new if old[key].shape != new[key].shape or not torch.equal(old[key], new[key])}
+    assert {key.split(".")[0] for key in changed} == {"class_embed", "bbox_embed"}
+    moved = (new["bbox_embed.layers.0.weight"] - old["bbox_embed.layers.0.weight"]).abs().max()
+    assert (moved > 0.01) == (method == "probe")
+
+
+@pytest.mark.parametrize(
+    "name", ["group_detr_mini", "group_dab_mini", "group_deformable_mini", "group_pose_mini"]
+)
+def test_whatever_depends_on_classes_or_keypoints_is_a_head(name: str) -> None:
+    same: dict[str, Any] = {"num_keypoints": 3} if "pose" in name else {}
+    other: dict[str, Any] = {"num_keypoints": 5} if "pose" in name else {}
+    first, second = create_model(name, num_classes=2, **same), create_model(name, num_classes=3, **other)
+    sizes = {key: value.shape for key, value in second.state_dict().items()}
+    depending = {key.split(".")[0] for key, v in first.state_dict().items() if v.shape != sizes[key]}
+    heads = set(cast(Any, first).head_modules)
+    assert depending
+    assert depending <= heads <= {child for child, _ in first.named_children()}
 
 
 def test_a_pose_model_on_boxes_is_told_what_is_missing(tmp_path: Path) -> None:

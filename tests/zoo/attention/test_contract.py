@@ -13,6 +13,7 @@ from zoo.attention.layers import LAYERS, AttentionLayer, auxiliary_loss, create_
 
 B, N, DIM, HEADS = 3, 12, 32, 4
 SMALL: dict[str, dict[str, Any]] = {
+    "abc": {"slots": 4},
     "affine_scaled": {},
     "agent": {"agents": 4},
     "based": {"feature_dim": 4},
@@ -20,25 +21,34 @@ SMALL: dict[str, dict[str, Any]] = {
     "cascaded": {"key_dim": 8},
     "cca": {"num_kv_heads": 2, "head_dim": 8},
     "channel_groups": {},
+    "core_context": {"group_size": 2, "window": 3},
+    "cosformer": {"max_length": 16},
     "deltanet": {},
     "dgqa": {"num_kv_heads": 2},
+    "dha": {"key_heads": 2, "value_heads": 1},
+    "dhsa": {"num_selected": 6, "num_global": 1, "num_local": 2, "num_instruction": 0, "chunk_size": 3},
     "dsa": {},
+    "fit": {"group_size": 4, "latents": 2},
     "forgetting": {},
+    "gam": {"slots": 8},
     "gated": {},
     "gated_deltanet": {},
     "gla": {},
     "gsa": {},
     "halo": {"block": 4, "halo": 2},
+    "hedgehog": {},
     "hcam": {"chunk_size": 4, "k": 2},
     "head_tokens": {},
     "hilo": {},
     "injective": {},
     "kda": {},
     "kdgqa": {"num_kv_heads": 2},
+    "kronecker": {},
     "landmark": {},
     "lightning": {},
     "linear": {},
     "local": {"window": 5},
+    "lolcats": {"window": 4},
     "magnitude": {},
     "mla": {"kv_rank": 8},
     "mlstm": {},
@@ -50,16 +60,31 @@ SMALL: dict[str, dict[str, Any]] = {
     "multihead": {},
     "neighbourhood": {"kernel": 3},
     "nsa": {},
+    "nystrom": {"landmarks": 4},
     "pgqa": {"num_kv_heads": 2},
+    "power": {"block_size": 2},
     "qwen3_next": {},
+    "rcmha": {"max_length": 16},
     "rebased": {},
+    "recycled": {"num_kept": N},
     "retention": {},
     "routing": {"num_clusters": 3},
     "s2": {"num_groups": 2},
     "shifted_window": {"window": 4},
     "simple_gla": {},
+    "simplicial": {"num_kv_heads": 2},
     "sinks": {},
+    "sparsed": {"block_size": 4},
+    "squeezed": {},
+    "ssa": {},
     "stick_breaking": {},
+    "superlinear": {},
+    "still": {"num_salient": 3, "window": 4},
+    "titans": {"chunk_size": 4},
+    "titans_mac": {"segment": 5, "memory": {"chunk_size": 3}},
+    "titans_mag": {"window": 4, "memory": {"chunk_size": 4}},
+    "titans_mal": {"window": 4, "memory": {"chunk_size": 4}},
+    "tpla": {"kv_rank": 8},
 }
 
 
@@ -237,7 +262,7 @@ def test_wrong_shapes_are_told(name: str) -> None:
         layer(x, positions=torch.arange(N + 1))
 
 
-@pytest.mark.parametrize("name", sorted(SMALL.keys() - {"mla"}))  # MLA is told all its widths
+@pytest.mark.parametrize("name", sorted(SMALL.keys() - {"mla", "tpla"}))  # MLA is told all its widths
 def test_heads_that_do_not_divide_are_told(name: str) -> None:
     options = {key: value for key, value in SMALL[name].items() if key != "head_dim"}
     with pytest.raises(AttentionError):
@@ -291,7 +316,7 @@ def test_capture_finds_the_maps(name: str) -> None:
     expected = layer(x)
     with capture(layer) as maps:
         close(layer(x), expected)
-    keys = N + (HEADS if name == "head_tokens" else 0)
+    keys = N + {"head_tokens": HEADS, "kronecker": 1}.get(name, 0)
     for recorded in maps.values():
         assert recorded.weights.shape[-1] <= keys
         assert (recorded.weights >= 0).all()

@@ -13,7 +13,7 @@ from zoo.attention import AttentionError, Causal, Dense, Pattern, Window, attend
 from zoo.attention.layers import create_attention
 from zoo.attention.layers.base import AttentionLayer
 from zoo.attention.layers.compressed import CompressedConvolutional
-from zoo.attention.layers.latent import MultiHeadLatent
+from zoo.attention.layers.latent import MultiHeadLatent, TensorParallelLatent, rotation_matrix, shard_latent
 from zoo.attention.yarn import Yarn
 
 DIM, TOKENS = 24, 9
@@ -32,10 +32,18 @@ def cca(**options: Any) -> CompressedConvolutional:
     return CompressedConvolutional(DIM, 4, **given | options)
 
 
+def tpla(**options: Any) -> TensorParallelLatent:
+    torch.manual_seed(0)
+    given: dict[str, Any] = {"kv_rank": 8, "q_rank": 7, "nope_dim": 6, "rope_dim": 4, "value_dim": 5}
+    return TensorParallelLatent(DIM, 3, **given | options)
+
+
 LAYERS: dict[str, Callable[[], AttentionLayer]] = {
     "mla": mla,
     "mla plain": lambda: mla(q_rank=None, bias=True, query_bias=True, interleaved=False, latent_norm=False),
     "mla yarn": lambda: mla(yarn=YARN),
+    "tpla": tpla,
+    "tpla four": lambda: tpla(shards=4, kv_rank=12, rotation="identity", q_rank=None),
     "cca": cca,
     "cca window": lambda: cca(window=3, kernels=(3, 1), bias=True),
     "cca one head": lambda: cca(num_kv_heads=1, kernels=(1, 4)),
@@ -175,12 +183,67 @@ def test_yarn_keeps_fast_and_divides_slow_frequencies() -> None:
     assert same.table_scale == same.score_scale == 1.0
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_one_shard_is_mla(x: Tensor, calibrated: bool) -> None:
+    layer, x = mla(kv_rank=8, yarn=YARN, bias=True).double(), x.double()
+    sharded = shard_latent(layer, 1, x if calibrated else None)
+    torch.testing.assert_close(sharded(x), layer(x), atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_attend_by_themselves_and_are_summed(x: Tensor, shards: int) -> None:
+    layer, x = mla(kv_rank=8).double(), x.double()
+    sharded = shard_latent(layer, shards)
+    cos, sin = layer.tables(torch.arange(TOKENS))
+    q, latent = layer.queries(x, cos, sin), layer.latents(x, cos, sin)[:, 0]
+    turn, width = rotation_matrix("hadamard", 8), 8 // shards
+    turned, up = latent[..., :8] @ turn, layer.kv_b_proj.weight.unflatten(0, (3, -1)) @ turn
+    future = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+    out = torch.zeros(2, 3, TOKENS, 5, dtype=torch.double)
+    for shard in range(shards):
+        part = slice(shard * width, (shard + 1) * width)
+        for head in range(3):
+            kv = turned[..., part] @ up[head][:, part].T
+            scores = q[:, head, :, :6] @ kv[..., :6].mT + q[:, head, :, 6:] @ latent[..., 8:].mT
+            weights = (scores * layer.scale).masked_fill(future, -torch.inf).softmax(-1)
+            out[:, head] += weights @ kv[..., 6:]
+    expected = layer.o_proj(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(sharded(x), expected, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("pattern", [Dense(), Causal(), Window(3, causal=True)], ids=repr)
+def test_absorbed_shards_equal_expanded_ones(pattern: Pattern) -> None:
+    layer = tpla(yarn=YARN).double()
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.double)
+    tables = layer.tables(torch.arange(TOKENS))
+    given = layer.queries(x, *tables), layer.latents(x, *tables), pattern
+    torch.testing.assert_close(layer.absorbed(*given), layer.expanded(*given), atol=1e-12, rtol=1e-10)
+    assert TensorParallelLatent(64, 2, kv_rank=512).absorbs(1, 4096)
+    assert not TensorParallelLatent(64, 2, kv_rank=512).absorbs(4096, 4096)
+
+
+def test_rotations_are_orthogonal(x: Tensor) -> None:
+    for turn in (rotation_matrix("hadamard", 16), shard_latent(mla(kv_rank=6), 3, x).turn.double()):
+        torch.testing.assert_close(turn @ turn.T, torch.eye(len(turn)).double(), atol=1e-6, rtol=0)
+    assert (rotation_matrix("hadamard", 16).abs() == 0.25).all()
+    latents = mla(kv_rank=6, latent_norm=False)
+    sharded = shard_latent(latents, 3, x)
+    c = sharded.latents(x, *sharded.tables(torch.arange(TOKENS)))[..., :6].flatten(0, 2)
+    energy = (c.T @ c).diagonal()
+    torch.testing.assert_close(c.T @ c, energy.diag(), atol=1e-4, rtol=0)
+    assert (energy.diff() < 0).all()  # the first shard gets the largest components
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: mla(rope_dim=3), "rope_dim must be even"),
         (lambda: mla(causal=False).init_cache(1), "only causal layers"),
         (lambda: mla().step(torch.zeros(1, 1, DIM), mla().init_cache(1)), "another layer"),
+        (lambda: tpla(shards=3), "rank 8 is not divisible by 3 shards"),
+        (lambda: tpla(kv_rank=12), "power of two"),
+        (lambda: tpla(rotation="pca"), "not 'pca'"),
+        (lambda: shard_latent(tpla(), 2), "not from TensorParallelLatent"),
         (lambda: cca(num_kv_heads=3), "not divisible by 3"),
         (lambda: cca(num_kv_heads=1, head_dim=3), "no two halves"),
         (lambda: CompressedConvolutional(DIM, 5), "half the width 24 is not divisible by 5 heads"),

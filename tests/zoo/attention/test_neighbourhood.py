@@ -323,6 +323,32 @@ def test_s2_in_evaluation_is_full_causal_attention() -> None:
     assert not torch.allclose(one_group(x), full(x))  # the future comes in
 
 
+@pytest.mark.parametrize("sinks", [1, 4, 12, 20])
+def test_s2_groups_see_the_sinks(sinks: int) -> None:
+    """By the definition: one softmax over a query's group, and the first tokens, up to itself."""
+    layer = ShiftedSparse(16, 4, num_kv_heads=2, sinks=sinks).double()
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    mask = torch.rand(2, 12) < 0.7
+    q, k, v = (
+        p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    k, v = (y.repeat_interleave(2, 1) for y in (k, v))
+    place = torch.arange(12)
+    groups = torch.stack([place // 3] * 2 + [(place - 1) // 3] * 2)
+    seen = (groups[:, :, None] == groups[:, None]) | (place < sinks)
+    seen = seen & (place <= place[:, None]) & mask[:, None, None]
+    weights = (q @ k.mT / 2).masked_fill(~seen, -1e30).softmax(-1) * seen
+    expected = layer.o_proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, mask=mask), expected)
+    gradients = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_s2_of_sinks_only_is_full_causal_attention() -> None:
+    layer, x = ShiftedSparse(16, 4, rope_theta=1e4, sinks=12), torch.randn(2, 12, 16)
+    torch.testing.assert_close(layer(x), layer.eval()(x))
+
+
 def test_one_matrix_gives_queries_keys_and_values_head_by_head() -> None:
     layer, x = made("neighbourhood")
     assert isinstance(layer, NeighbourhoodAttention)
@@ -380,6 +406,11 @@ def bad(message: str, call: Callable[[], object]) -> object:
         bad("not divisible into 4 groups", lambda: ShiftedSparse(8, 2)(X)),
         bad("at least one group and two heads", lambda: ShiftedSparse(8, 1)),
         bad("causal=True, window=None", lambda: ShiftedSparse(8, 2, causal=False)),
+        bad("go with wrap=False", lambda: ShiftedSparse(8, 2, wrap=True, sinks=1)),
+        bad(
+            "sinks=0",
+            lambda: ShiftedSparse(8, 2, num_groups=2, sinks=1)(X, mask=torch.zeros(X.shape[:2]).long()),
+        ),
         bad("takes full rows only", lambda: ShiftedSparse(8, 2, wrap=True)(X, mask=X[..., 0] == 0)),
         bad("call eval()", lambda: _decoded_in_training()),
     ],

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from zoo.attention import AttentionError, rotary, rotary_tables
+from zoo.attention import AttentionError, plane_rotary, rotary, rotary_tables
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -76,3 +76,44 @@ def test_positions_may_differ_by_batch_entry_and_half_precision_stays() -> None:
 def test_bad_input_is_named(message: str, call) -> None:
     with pytest.raises(AttentionError, match=message):
         call()
+
+
+def test_rotation_in_a_plane_is_the_exponential_of_its_generator() -> None:
+    x = torch.randn(2, 3, 5, 6, dtype=torch.double)
+    a, b = torch.randn(2, 3, 1, 6, dtype=torch.double)
+    positions = torch.tensor([0, 1, 4, 9, 100])
+    generator = a.mT @ b - b.mT @ a  # (H, D, D)
+    turns = torch.linalg.matrix_exp(0.3 * positions[:, None, None].double() * generator[:, None])
+    expected = torch.einsum("hnij,bhnj->bhni", turns, x)
+    torch.testing.assert_close(plane_rotary(x, positions, a, b, frequency=0.3), expected)
+
+
+def test_rotary_turns_in_planes_of_coordinates() -> None:
+    x, positions, axes = torch.randn(2, 3, 5, 6), torch.tensor([0, 1, 4, 9, 30]), torch.eye(6)
+    turned = x
+    for i in range(3):
+        frequency = 100.0 ** (-2 * i / 6)
+        turned = plane_rotary(turned, positions, axes[i + 3], axes[i], frequency=frequency)
+    expected = rotary(x, *rotary_tables(positions, 6, theta=100.0))
+    torch.testing.assert_close(turned, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_scores_in_a_plane_depend_on_the_distance_alone() -> None:
+    q, k, a, b = torch.randn(4, 1, 1, 1, 6, dtype=torch.double)
+    plane = (a[0, 0, 0], b[0, 0, 0])
+
+    def score(i: int, j: int) -> torch.Tensor:
+        at_i, at_j = torch.tensor([i]), torch.tensor([j])
+        return (plane_rotary(q, at_i, *plane) * plane_rotary(k, at_j, *plane)).sum()
+
+    torch.testing.assert_close(score(3, 10), score(53, 60))
+
+
+def test_parallel_vectors_turn_nothing_and_have_finite_gradients() -> None:
+    x, a = torch.randn(1, 1, 3, 4), torch.ones(4, requires_grad=True)
+    out = plane_rotary(x, torch.arange(3), a, 2 * a)
+    torch.testing.assert_close(out, x)
+    (grad,) = torch.autograd.grad(out.sum(), a)
+    assert grad.isfinite().all()
+    with pytest.raises(AttentionError, match="head width 4"):
+        plane_rotary(x, torch.arange(3), torch.ones(5), torch.ones(5))

@@ -382,7 +382,7 @@ def test_slots_hold_decaying_sums_read_by_softmax(form: dict[str, Any]) -> None:
 def test_window_over_everything_leaves_softmax() -> None:
     q, k, v, _ = inputs()
     features = draw(B, H, N, 6).exp()
-    out = window_and_features(
+    out, _ = window_and_features(
         q, k, v, features, features, window=N + 5, window_factor=torch.tensor(0.5).double()
     )
     close(out, attend(q, k, v, pattern=Causal()))

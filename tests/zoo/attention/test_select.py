@@ -10,21 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import zoo.attention.layers.sparse as sparse
 from zoo.attention import AttentionError, Causal, attend, backend, capture
 from zoo.attention.layers.base import AttentionLayer
 from zoo.attention.layers.hcam import HierarchicalMemory
+from zoo.attention.layers.landmark import GroupedSoftmax, Landmark
 from zoo.attention.layers.routing import RoutedHeads, Routing
 from zoo.attention.layers.sparse import (
     BlockMixture,
-    GroupedSoftmax,
-    Landmark,
     LightningIndexed,
     NativeSparse,
     block_mixture,
     native_sparse,
 )
-from zoo.attention.select import attend_blocks, block_means, by_rows, gather_blocks, select
+from zoo.attention.select import attend_blocks, attend_shared, block_means, by_rows, gather_blocks, select
 
 selecting = importlib.import_module("zoo.attention.select")  # the package has its function of that name
 CAUSAL: dict[str, Callable[[], AttentionLayer]] = {
@@ -89,6 +87,50 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, index: Tensor, size: int, allowed: T
     return (weights * seen) @ v
 
 
+@pytest.mark.parametrize("selected_by", [1, 2, 4])
+@pytest.mark.parametrize("gathered", [1, 2**22])
+@pytest.mark.parametrize(
+    ("nq", "nk", "rows", "size", "causal"),
+    [(37, 37, 8, 4, True), (20, 37, 5, 5, False), (21, 29, 6, 1, True), (2, 29, 8, 8, True)],
+)
+def test_queries_of_a_block_share_what_they_selected(
+    monkeypatch: pytest.MonkeyPatch,
+    selected_by: int,
+    gathered: int,
+    nq: int,
+    nk: int,
+    rows: int,
+    size: int,
+    causal: bool,
+) -> None:
+    monkeypatch.setattr(selecting, "GATHERED", gathered)
+    q, k, v = _qkv(4, 2, nq, nk)
+    before = (nk - nq) % rows
+    blocks = -(-(before + nq) // rows)
+    scores = torch.randn(2, selected_by, blocks, -(-nk // size))
+    index = select(scores.masked_fill(scores < -0.5, -torch.inf), 3)
+    mask = torch.rand(2, nk) > 0.3
+    allowed = mask[:, None, None].expand(2, 1, nq, nk)
+    allowed = allowed.tril(nk - nq) if causal else allowed
+    each = index.repeat_interleave(rows, 2)[:, :, before : before + nq]
+    want = _dense(q, k, v, each, size, allowed)
+    got = attend_shared(q, k, v, index, rows=rows, size=size, causal=causal, mask=mask)
+    torch.testing.assert_close(got, want)
+    cotangent = torch.randn_like(want)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (q, k, v), cotangent),
+        torch.autograd.grad(want, (q, k, v), cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_blocks_of_queries_that_do_not_fit_are_told() -> None:
+    q, k, v = _qkv(2, 2, 20, 20)
+    with pytest.raises(AttentionError, match="20 queries lie in 3 blocks of 8, not 2"):
+        attend_shared(q, k, v, torch.zeros(1, 1, 2, 1, dtype=torch.long), rows=8, size=8)
+
+
 FORMS = ["_dense", "_gathered", "_by_block"]
 
 
@@ -109,6 +151,32 @@ def test_attend_blocks_is_the_definition(
     allowed = allowed.tril(nk - nq) if causal else allowed
     want = _dense(q, k, v, index, size, allowed)
     got = attend_blocks(q, k, v, index, size, causal=causal, mask=mask)
+    torch.testing.assert_close(got, want)
+    cotangent = torch.randn_like(want)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (q, k, v), cotangent),
+        torch.autograd.grad(want, (q, k, v), cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("selected_by", [1, 2, 4])
+def test_queries_that_say_what_they_reach(
+    monkeypatch: pytest.MonkeyPatch, form: str, selected_by: int
+) -> None:
+    """From a first to a last key of their own, more queries than keys, and some that see none."""
+    monkeypatch.setattr(selecting, "_form", lambda *_: getattr(selecting, form))
+    q, k, v = _qkv(4, 2, 40, 22)
+    index = select(torch.randn(2, selected_by, 40, 6), 4)
+    first, last = (torch.randint(start, 22, (2, selected_by, 40)) for start in (0, -1))
+    reach = torch.stack([first, last], -1)
+    mask, place = torch.rand(2, 22) > 0.3, torch.arange(22)
+    within = (place >= reach[..., :1]) & (place <= reach[..., 1:])
+    allowed = within.repeat_interleave(4 // selected_by, 1) & mask[:, None, None]
+    want = _dense(q, k, v, index, 4, allowed)
+    got = attend_blocks(q, k, v, index, 4, reach=reach, mask=mask)
     torch.testing.assert_close(got, want)
     cotangent = torch.randn_like(want)
     for ours, theirs in zip(
@@ -186,6 +254,8 @@ def test_bad_selections() -> None:
     index = torch.zeros(2, 1, 8, 1, dtype=torch.long)
     with pytest.raises(AttentionError, match="int64"):
         attend_blocks(q, k, v, index.int())
+    with pytest.raises(AttentionError, match="reach is int64"):
+        attend_blocks(q, k, v, index, reach=index)
     with pytest.raises(AttentionError, match="key mask"):
         attend_blocks(q, k, v, index, mask=torch.ones(2, 7, dtype=torch.bool))
 
@@ -414,7 +484,7 @@ def test_parts_of_rows_change_nothing(
     layer, x = make(), torch.randn(2, N, 16)
     whole = layer(x)
     loss = layer.indexer_loss(x) if isinstance(layer, LightningIndexed) else None
-    monkeypatch.setattr(sparse, "_ROWS", 5)
+    monkeypatch.setattr(selecting, "ROWS", 5)
     torch.testing.assert_close(layer(x), whole)
     if isinstance(layer, LightningIndexed):
         torch.testing.assert_close(layer.indexer_loss(x), loss)

@@ -59,6 +59,18 @@ def test_full_ranks_are_partial_rotation(x: Tensor, calibration: Tensor) -> None
     torch.testing.assert_close(transmla(layer, calibration, kv_rank=full, q_rank=HEADS * WIDTH)(x), plain)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_rotation_full_rank_is_exact(causal: bool, x: Tensor, calibration: Tensor) -> None:
+    layer = grouped(rope_theta=None, causal=causal, qkv_bias=True)
+    assert error(layer, x, calibration, kv_rank=2 * GROUPS * WIDTH) < 1e-5
+    assert 1e-2 < error(layer, x, calibration, kv_rank=8) < 1
+
+
+def test_direction_stays(x: Tensor, calibration: Tensor) -> None:
+    layer = grouped(causal=False, num_kv_heads=1)
+    assert error(layer, x, calibration, kv_rank=WIDTH) < 1e-5
+
+
 def test_at_position_zero_nothing_is_lost(x: Tensor, calibration: Tensor) -> None:
     """Without rotation only the rank counts: the turn and its inverse cancel, folded frequencies too."""
     layer, zeros = grouped(), torch.zeros(9, dtype=torch.long)
@@ -109,8 +121,9 @@ def test_components_are_those_of_the_singular_values() -> None:
     [
         (lambda x: transmla(grouped(window=4), x, kv_rank=8), "no norms, window, YaRN"),
         (lambda x: transmla(grouped(qk_norm=True), x, kv_rank=8), "no norms, window, YaRN"),
-        (lambda x: transmla(grouped(rope_theta=None), x, kv_rank=8), "rotary positions on whole heads"),
-        (lambda x: transmla(grouped(causal=False), x, kv_rank=8), "converts causal"),
+        (lambda x: transmla(grouped(rotary_dim=4), x, kv_rank=8), "on whole heads"),
+        (lambda x: transmla(grouped(rope_theta=None), x, kv_rank=8, rope_dim=8), "keeps none"),
+        (lambda x: transmla(grouped(rope_theta=None), x, kv_rank=33), "kv_rank is 1 .. 32, not 33"),
         (lambda x: transmla(grouped(), x, kv_rank=25), "kv_rank is 1 .. 24, not 25"),
         (lambda x: transmla(grouped(), x, kv_rank=8, q_rank=33), "q_rank is 1 .. 32, not 33"),
         (lambda x: transmla(grouped(), x, kv_rank=8, rope_dim=4), "not 4 and 1"),

@@ -90,7 +90,7 @@ def test_convert_by_card_knows_model_and_config(published: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["to=offical", "model=toy_net"], r"to=offical is neither.*Did you mean 'official'"),
+        (["to=offical", "model=toy_net"], r"to=offical is none of.*Did you mean 'official'"),
         (["model"], "'model' is not of the form key=value"),
         ([], r"Which model is file\.npz\? Say model=NAME, one of: .*toy_net"),
         (["to=official"], "Name the official file"),

@@ -71,6 +71,8 @@ class AttentionLayer(nn.Module):
     aux_loss: Tensor | None = None
     """What the mechanism wants minimised beside the loss of its model, of the last forward pass in training
     mode; `auxiliary_loss` collects it."""
+    asked: Mapping[str, Any] | None = None
+    """What `create_attention` was asked for: the name, and the arguments given with it."""
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -192,12 +194,14 @@ def create_attention(
         UnknownName: no layer of that name.
         AttentionError: an argument that the layer does not have, or a direction that it cannot do.
     """
-    chosen: dict[str, Any] = {"name": attention} if isinstance(attention, str) else dict(attention)
-    name, options = str(chosen.pop("name", None)), defaults | chosen
+    asked: dict[str, Any] = {"name": attention} if isinstance(attention, str) else dict(attention)
+    name, options = str(asked.get("name")), defaults | {k: v for k, v in asked.items() if k != "name"}
     layer = find_layer(name)
     direction = _direction(name, options.pop("causal", causal))
-    _check_options(name, options)
-    return layer(dim, **options, **direction)
+    check_options(name, options)
+    made = layer(dim, **options, **direction)
+    made.asked = asked
+    return made
 
 
 def find_layer(name: str) -> type[AttentionLayer]:
@@ -227,7 +231,8 @@ def layer_options(layer: type[AttentionLayer]) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in found.items() if k not in ("self", "dim")}
 
 
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises `AttentionError` where a layer has no such arguments, or lacks one without a default."""
     known = layer_options(LAYERS[name])
     for option in options:
         if option not in known:

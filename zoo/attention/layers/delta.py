@@ -16,15 +16,16 @@ from zoo.attention.layers.linear import RecurrentLayer, StateCache, join, places
 from zoo.attention.scan import scan
 
 
-class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over few tokens, then SiLU; documents of a packed row do not mix."""
+class CausalConvolution(nn.Module):
+    """Causal depthwise convolution over few tokens; documents of a packed row do not mix."""
 
-    def __init__(self, channels: int, kernel: int) -> None:
+    def __init__(self, channels: int, kernel: int, *, bias: bool = False) -> None:
         super().__init__()
         if kernel < 1:
             raise AttentionError(f"a convolution has a positive kernel, not {kernel}")
         self.kernel = kernel
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(
@@ -36,14 +37,24 @@ class ShortConvolution(nn.Module):
             x = x.masked_fill(~keep[..., None], 0.0)
         rows = F.pad(x, (0, 0, past, 0)) if tail is None else torch.cat([tail.to(x.dtype), x], dim=1)
         document = None if starts is None else F.pad(starts.long().cumsum(1), (past, 0), value=-1)
-        out = torch.zeros_like(x)
+        out = torch.zeros_like(x) if self.bias is None else self.bias.to(x.dtype)
         for i, tap in enumerate(self.weight[:, 0].to(x.dtype).unbind(-1)):
             seen = rows[:, i : i + tokens]
             if document is not None:
                 same = document[:, i : i + tokens] == document[:, past:]
                 seen = seen.masked_fill(~same[..., None], 0.0)
             out = torch.addcmul(out, seen, tap)
-        return F.silu(out), rows[:, tokens:]
+        return out, rows[:, tokens:]
+
+
+class ShortConvolution(CausalConvolution):
+    """A causal convolution without bias, then SiLU."""
+
+    def forward(
+        self, x: Tensor, keep: Tensor | None, starts: Tensor | None, tail: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, tail = super().forward(x, keep, starts, tail)
+        return F.silu(out), tail
 
 
 class DeltaRule(RecurrentLayer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from zoo.attention.linear import (
     taylor_features,
 )
 from zoo.attention.rotary import rotary, rotary_tables
-from zoo.attention.scan import scan, scan_mean
+from zoo.attention.scan import scan, scan_mean, weighted_mean
 
 _CLOSED = 80.0  # an exponential or sigmoid gate at -80 is closed, a sigmoid at 80 open; exp(80) is finite
 
@@ -141,6 +141,10 @@ class LinearAttention(_Projected, name="linear"):
         bidirectional=True, causal=True, cross=True, padding=True, packed=True, cache=True, maps=False
     )
     paper = "https://arxiv.org/abs/2006.16236"
+    scale: ClassVar[float | None] = None
+    """Of the queries; by default that of `scan`."""
+    floor: ClassVar[bool] = False
+    """`eps` is the least sum of weights, instead of being added."""
 
     def __init__(
         self, dim: int, num_heads: int, *, causal: bool = True, eps: float = 1e-6, bias: bool = False
@@ -153,9 +157,14 @@ class LinearAttention(_Projected, name="linear"):
         if self.causal and context is not None:
             raise AttentionError("causal linear attention sees its own tokens: context needs causal=False")
         q, k, v = self._heads(x, context)
-        q, k = elu_features(q), elu_features(k)
-        run = partial(scan_mean, eps=self.eps) if self.causal else partial(_both_ways, eps=self.eps)
+        q, k = self.features(q, k, given)
+        form = scan_mean if self.causal else both_ways
+        run = partial(form, scale=self.scale, eps=self.eps, floor=self.floor)
         return self.o_proj(join(self._run(run, q, k, v, mask, cache)))
+
+    def features(self, q: Tensor, k: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
+        """Of queries and keys `(B, H, N, D)` and `(B, H, M, D)`, not negative."""
+        return elu_features(q), elu_features(k)
 
     def init_cache(self, batch_size: int) -> StateCache:
         if not self.causal:
@@ -163,12 +172,21 @@ class LinearAttention(_Projected, name="linear"):
         return super().init_cache(batch_size)
 
 
-def _both_ways(
-    q: Tensor, k: Tensor, v: Tensor, *, starts: Tensor | None, state: None, eps: float
+def both_ways(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    starts: Tensor | None,
+    state: None,
+    scale: float | None = None,
+    eps: float,
+    floor: bool = False,
 ) -> tuple[Tensor, None]:
     """Every token sees all, or all of its document: those before and at it, and those at and after it."""
     wide = torch.promote_types(v.dtype, torch.float32)
-    q, k, ones = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide), F.pad(v.to(wide), (0, 1), value=1.0)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, ones = q.to(wide) * factor, k.to(wide), F.pad(v.to(wide), (0, 1), value=1.0)
     if starts is None:
         sums = q @ (k.mT @ ones)
     else:
@@ -176,7 +194,7 @@ def _both_ways(
         before, _ = scan(q, k, ones, starts=starts, scale=1.0)
         after, _ = scan(*(x.flip(2) for x in (q, k, ones)), starts=ends.flip(1), scale=1.0)
         sums = before + after.flip(2) - (q * k).sum(-1, keepdim=True) * ones
-    return (sums[..., :-1] / (sums[..., -1:] + eps)).to(v.dtype), None
+    return weighted_mean(sums, eps, floor).to(v.dtype), None
 
 
 class LightningAttention(RecurrentLayer, name="lightning"):

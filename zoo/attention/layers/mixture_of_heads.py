@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.attend import attend
+from zoo.attention.cache import default_positions
 from zoo.attention.errors import AttentionError
 from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, head_width, masked
 from zoo.attention.layers.multihead import HeadCache, MultiHead, split_heads
 from zoo.attention.patterns import Causal, Dense
+from zoo.attention.rotary import rotary, rotary_tables
 
 
 class RoutedHeads(AttentionLayer):
@@ -96,6 +98,7 @@ class MixtureOfHeads(RoutedHeads, name="moh"):
         shared_heads: Hs, the first heads.
         routed_heads: k, how many of the H - Hs others act on a token.
         qkv_bias: of the projection in; the one out has a bias.
+        rope_theta: base of the rotary positions, half-split; by default there are none.
         causal: tokens see themselves and earlier ones.
         balance_weight: of `balance_loss` in `aux_loss`.
     """
@@ -110,17 +113,21 @@ class MixtureOfHeads(RoutedHeads, name="moh"):
         shared_heads: int,
         routed_heads: int,
         qkv_bias: bool = True,
+        rope_theta: float | None = None,
         causal: bool = False,
         balance_weight: float = 0.01,
     ) -> None:
         super().__init__(dim, num_heads, shared_heads, routed_heads, balance_weight)
-        self.causal = causal
+        self.causal, self.rope_theta = causal, rope_theta
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def mix(self, given: Inputs) -> Tensor:
-        x, mask, cache = given.x, given.mask, given.cache
+        x, mask, positions, cache = given.x, given.mask, given.positions, given.cache
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.rope_theta is not None:
+            places = default_positions(x, cache) if positions is None else positions
+            q, k = self._turned(self.rope_theta, places, q, k)
         if isinstance(cache, HeadCache):
             (k, v), mask = cache.extend((k, v), mask)
         out = attend(q, k, v, pattern=masked(Causal() if self.causal else Dense(), mask))
@@ -131,6 +138,13 @@ class MixtureOfHeads(RoutedHeads, name="moh"):
         if not self.causal:
             raise AttentionError("only causal layers decode step by step")
         return HeadCache(self)
+
+    @staticmethod
+    def _turned(theta: float, positions: Tensor, *rows: Tensor) -> list[Tensor]:
+        """Rows `(B, H, N, D)` at positions `(N,)` or `(B, N)`."""
+        places = positions if positions.ndim == 1 else positions[:, None]
+        tables = rotary_tables(places, rows[0].shape[-1], theta=theta)
+        return [rotary(part, *tables) for part in rows]
 
 
 class MixtureOfHeadsLlama(MultiHead, name="moh_llama"):

@@ -115,7 +115,10 @@ class MultiHead(AttentionLayer, name="multihead"):
         if context is not None and (self.causal or self.rope_theta is not None):
             raise AttentionError("a causal layer, or one with rotary positions, takes no context")
         source = x if context is None else context
-        k, v = (split_heads(proj(source), self.num_kv_heads) for proj in (self.k_proj, self.v_proj))
+        k, v = (
+            proj(source).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.k_proj, self.v_proj)
+        )
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_theta is not None:
             places = default_positions(x, cache) if positions is None else positions

@@ -1,4 +1,4 @@
-"""Sparse attention by selection: native sparse, mixture of blocks, lightning-indexed, landmarks."""
+"""Sparse attention by selection: native sparse, mixture of blocks, lightning-indexed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from zoo.attention.attend import attend
 from zoo.attention.cache import KVCache, default_positions
 from zoo.attention.errors import AttentionError
-from zoo.attention.kernels import softmax
+from zoo.attention.kernels import softmax, wide
 from zoo.attention.layers.base import AttentionLayer, Inputs, Supports
 from zoo.attention.layers.multihead import HeadCache, MultiHead, split_heads
 from zoo.attention.patterns import Padding, Pattern, Rule
 from zoo.attention.rotary import rotary, rotary_tables
-from zoo.attention.select import attend_blocks, block_means, by_rows, listed, select
-
-_ROWS = 512  # queries whose scores with all keys are in memory at once
+from zoo.attention.select import attend_blocks, block_means, by_rows, listed, select_up_to
 
 Means = tuple[Tensor, Tensor]  # of keys and values, (B, Hk, ceil(N / size), D)
 
@@ -130,7 +128,7 @@ class _Blocks:
             number = -(-seen // self.size)
             return attend(q, self.means[:, :, :number], values[:, :, :number], pattern=self.pattern(seen))
 
-        return by_rows(part, q, keys=self.tokens, rows=_ROWS)
+        return by_rows(part, q, keys=self.tokens)
 
     def select(
         self,
@@ -148,30 +146,20 @@ class _Blocks:
             weigh: scores `(B, Hk, H / Hk, N, M)` to what is compared, `(B, I, N, M)`.
         """
         number = min(number, self.means.shape[2])
-        keys = _wide(self.means)[:, :, None]
+        keys = wide(self.means)[:, :, None]
 
         def part(q: Tensor, seen: int) -> Tensor:
             block = torch.arange(-(-seen // self.size), device=q.device)
             own = torch.arange(seen - q.shape[2], seen, device=q.device)[:, None] // self.size
             visible = self.pattern(seen).mask(len(q), q.shape[2], len(block), q.device)
             assert visible is not None
-            rows = _wide(q).unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
+            rows = wide(q).unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
             scores = rows @ keys[..., : len(block), :].transpose(-2, -1)
             best = weigh(scores.masked_fill(~visible[:, :, None], -torch.inf))
-            return _selected(best.masked_fill(~visible, -torch.inf), number, forced(block, own))
+            return select_up_to(best.masked_fill(~visible, -torch.inf), number, forced(block, own))
 
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            return by_rows(part, q, keys=self.tokens, rows=_ROWS)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _selected(scores: Tensor, number: int, forced: Tensor | None = None) -> Tensor:
-    """`select` of `number` places; those that the candidates cannot fill hold -1."""
-    index = select(scores, min(number, scores.shape[-1]), forced)
-    return F.pad(index, (0, number - index.shape[-1]), value=-1)
+            return by_rows(part, q, keys=self.tokens)
 
 
 def index_scores(q: Tensor, k: Tensor, weights: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -190,8 +178,8 @@ def index_scores(q: Tensor, k: Tensor, weights: Tensor, mask: Tensor | None = No
     """
     (n, width), keys = q.shape[2:], k.shape[2]
     with torch.autocast(q.device.type, enabled=False):
-        products = (_wide(q) * width**-0.5) @ _wide(k).transpose(-2, -1)
-        scores = (products.relu() * _wide(weights)[..., None]).sum(1, keepdim=True)
+        products = (wide(q) * width**-0.5) @ wide(k).transpose(-2, -1)
+        scores = (products.relu() * wide(weights)[..., None]).sum(1, keepdim=True)
     later = torch.ones(n, keys, dtype=torch.bool, device=q.device).triu(keys - n + 1)
     hidden = later if mask is None else later | ~mask[:, None, None]
     return scores.masked_fill(hidden, -torch.inf)
@@ -207,57 +195,13 @@ def lightning_index(q: Tensor, k: Tensor, weights: Tensor, number: int, mask: Te
     number = min(number, k.shape[2])
 
     def part(q: Tensor, weights: Tensor, seen: int) -> Tensor:
-        return _selected(index_scores(q, k[:, :, :seen], weights, _first(mask, seen)), number)
+        return select_up_to(index_scores(q, k[:, :, :seen], weights, _first(mask, seen)), number)
 
-    return by_rows(part, q, weights, keys=k.shape[2], rows=_ROWS)
+    return by_rows(part, q, weights, keys=k.shape[2])
 
 
 def _first(mask: Tensor | None, seen: int) -> Tensor | None:
     return None if mask is None else mask[:, :seen]
-
-
-class GroupedSoftmax:
-    """The kernel of landmark attention (arXiv 2305.16300, section 3.1), over scores that are causal.
-
-    The tokens of the query's own block and the landmarks of earlier blocks share one softmax; the tokens of
-    an earlier block share the weight of its landmark by a softmax of their own. Landmarks get nothing.
-
-    Args:
-        landmarks: bool `(B, Nk)` or `(1, Nk)`: the token that closes a block. The last query stands at the
-            last key.
-    """
-
-    def __init__(self, landmarks: Tensor) -> None:
-        if landmarks.dtype != torch.bool or landmarks.ndim != 2:
-            raise AttentionError(
-                f"landmarks are bool (B, Nk), not {landmarks.dtype} {tuple(landmarks.shape)}"
-            )
-        self.landmarks = landmarks
-        tokens = landmarks.shape[1]
-        place = torch.arange(tokens, device=landmarks.device)
-        closing = torch.where(landmarks, place, tokens).flip(-1).cummin(-1).values.flip(-1)
-        self.block = closing.clamp(max=tokens - 1)  # by the place of its last token
-
-    def __call__(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        if scores.shape[-1] != self.block.shape[-1]:
-            raise AttentionError(
-                f"landmarks of {self.block.shape[-1]} tokens do not fit {scores.shape[-1]} keys"
-            )
-        landmark = self.landmarks[:, None, None, :]
-        mine = self.block[:, None, None, :] == self.block[:, None, -scores.shape[2] :, None]
-        outer, lse = softmax(scores.masked_fill(mine == landmark, -torch.inf))
-        block = self.block[:, None, None, :].expand(scores.shape)
-        inner = _softmax_by_group(scores.masked_fill(mine | landmark, -torch.inf), block)
-        return outer.masked_fill(landmark, 0.0) + inner * outer.gather(-1, block), lse
-
-
-def _softmax_by_group(scores: Tensor, group: Tensor) -> Tensor:
-    """Softmax over those of a row's scores that have the same group, a number below the row's length."""
-    peak = torch.full_like(scores, -torch.inf).scatter_reduce(-1, group, scores.detach(), "amax")
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    exponents = (scores - peak.gather(-1, group)).exp()
-    total = torch.zeros_like(scores).scatter_add(-1, group, exponents)
-    return exponents / total.masked_fill(total == 0, 1.0).gather(-1, group)
 
 
 class BlockCache(HeadCache):
@@ -285,7 +229,7 @@ class BlockCache(HeadCache):
         return super().nbytes() + self._finished.nbytes()
 
 
-class _Selecting(MultiHead):
+class Selecting(MultiHead):
     """Causal multi-head attention to keys that are selected."""
 
     supports = Supports(causal=True, padding=True, cache=True)
@@ -298,7 +242,7 @@ class _Selecting(MultiHead):
         super().__init__(dim, num_heads, causal=True, rope_theta=rope_theta, **options)
 
 
-class _Blockwise(_Selecting):
+class _Blockwise(Selecting):
     """Layers that select blocks. Blocks are counted from the start of a row."""
 
     def __init__(
@@ -403,7 +347,7 @@ class Indexer(nn.Module):
         return q, k, self.weights_proj(x).transpose(1, 2)
 
 
-class LightningIndexed(_Selecting, name="dsa"):
+class LightningIndexed(Selecting, name="dsa"):
     """DeepSeek sparse attention: an indexer selects the tokens that all heads of a query attend to.
 
     The selection passes no gradient, so the loss of a model does not reach the indexer: `indexer_loss`, which
@@ -465,40 +409,14 @@ class LightningIndexed(_Selecting, name="dsa"):
 
         def part(q: Tensor, q_index: Tensor, weights: Tensor, seen: int) -> Tensor:
             scores = index_scores(q_index, k_index[:, :, :seen], weights, _first(mask, seen))
-            chosen = listed(_selected(scores.detach(), min(self.num_selected, seen)), seen)
+            chosen = listed(select_up_to(scores.detach(), min(self.num_selected, seen)), seen)
             scores = scores.masked_fill(~chosen, -torch.inf)
             guess = (scores - softmax(scores)[1][..., None]).masked_fill(~chosen, 0.0)
-            rows = _wide(q).unflatten(1, (self.num_kv_heads, -1)) * self.head_dim**-0.5
-            products = rows @ _wide(k)[:, :, None, :seen].transpose(-2, -1)
+            rows = wide(q).unflatten(1, (self.num_kv_heads, -1)) * self.head_dim**-0.5
+            products = rows @ wide(k)[:, :, None, :seen].transpose(-2, -1)
             target = softmax(products.masked_fill(~chosen[:, :, None], -torch.inf))[0].mean((1, 2))
             return F.kl_div(guess[:, 0], target, reduction="none").sum(-1)[:, None]
 
         with torch.autocast(x.device.type, enabled=False):
-            loss = by_rows(part, q, q_index, weights, keys=x.shape[1], rows=_ROWS)[:, 0]
+            loss = by_rows(part, q, q_index, weights, keys=x.shape[1])[:, 0]
         return loss.mean() if mask is None else (loss * mask).sum() / mask.sum().clamp(min=1)
-
-
-class Landmark(_Selecting, name="landmark"):
-    """Landmark attention: the last token of each block is a landmark, through which later blocks reach it.
-
-    The cost is that of dense attention; what it buys is that blocks can be retrieved by their landmarks.
-
-    Args:
-        dim: width of the tokens.
-        num_heads: of the queries.
-        block_size: tokens per block, the landmark included (51 in the paper).
-        options: of `MultiHead`, for its projections and positions.
-    """
-
-    paper = "https://arxiv.org/abs/2305.16300"
-
-    def __init__(self, dim: int, num_heads: int, *, block_size: int = 51, **options: Any) -> None:
-        super().__init__(dim, num_heads, **options)
-        if block_size < 2:
-            raise AttentionError(f"a block holds a token and its landmark at least, not {block_size}")
-        self.block_size = block_size
-
-    def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        place = torch.arange(k.shape[2], device=k.device)
-        kernel = GroupedSoftmax((place % self.block_size == self.block_size - 1)[None])
-        return attend(q, k, v, pattern=self.pattern(k.shape[2], mask), kernel=kernel)

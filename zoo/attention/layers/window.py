@@ -11,8 +11,9 @@ from zoo.attention.attend import attend
 from zoo.attention.errors import AttentionError
 from zoo.attention.layers.base import Supports, masked
 from zoo.attention.layers.multihead import MultiHead
+from zoo.attention.merge import merge
 from zoo.attention.neighbourhood import ShiftedWindows
-from zoo.attention.patterns import EqualGroups, Pattern, Window
+from zoo.attention.patterns import EqualGroups, Padding, Pattern, Rule, Window
 
 
 class Reach(Window):
@@ -47,6 +48,20 @@ class LocalAttention(MultiHead, name="local"):
         return masked(Reach(min(self.window, longest), causal=self.causal), mask)
 
 
+class BeforeGroup(Pattern):
+    """Keys, the first ones of a row, before the group of `size` of a query; groups begin at `shift`."""
+
+    def __init__(self, size: int, shift: int = 0) -> None:
+        self.size, self.shift = size, shift
+
+    def rule(self, nq: int, nk: int) -> Rule:
+        size, shift = self.size, self.shift
+        return lambda b, h, i, j: j < (i - shift) // size * size + shift
+
+    def __repr__(self) -> str:
+        return f"BeforeGroup({self.size}, shift={self.shift})"
+
+
 class ShiftedSparse(MultiHead, name="s2"):
     """S2 attention (Chen et al. 2024, LongLoRA, section 3.2): a cheap stand-in for full causal attention.
 
@@ -58,6 +73,7 @@ class ShiftedSparse(MultiHead, name="s2"):
         wrap: the authors' program without flash attention: the shifted heads are rolled, so that the first
             half group follows the last one and sees it, which lets the future in. Otherwise the two stay
             apart. (Their roll moves the outputs of groups of odd size by one place.)
+        sinks: first tokens that all groups see, as SinkLoRA has it (Zhang 2024, arXiv 2406.05678).
         options: of `MultiHead`, which is causal here.
     """
 
@@ -71,6 +87,7 @@ class ShiftedSparse(MultiHead, name="s2"):
         *,
         num_groups: int = 4,
         wrap: bool = False,
+        sinks: int = 0,
         causal: bool = True,
         **options: Any,
     ) -> None:
@@ -81,7 +98,9 @@ class ShiftedSparse(MultiHead, name="s2"):
             )
         if not causal or self.window is not None:
             raise AttentionError("S2 attention stands for full causal attention: causal=True, window=None")
-        self.num_groups, self.wrap = num_groups, wrap
+        if sinks < 0 or (sinks and wrap):
+            raise AttentionError(f"sinks, not negative, go with wrap=False: not {sinks} and wrap={wrap}")
+        self.num_groups, self.wrap, self.sinks = num_groups, wrap, sinks
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if not self.training:
@@ -92,15 +111,30 @@ class ShiftedSparse(MultiHead, name="s2"):
         if k.shape[1] % 2:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         still, moving = zip(*(x.tensor_split([x.shape[1] // 2], dim=1) for x in (q, k, v)), strict=True)
-        first = attend(*still, pattern=EqualGroups(size) & seen, dropout=self.dropout)
         if self.wrap:
+            first = attend(*still, pattern=EqualGroups(size) & seen, dropout=self.dropout)
             rolled = (x.roll(-size // 2, dims=2) for x in moving)
             second = attend(*rolled, pattern=EqualGroups(size) & seen, dropout=self.dropout)
-            second = second.roll(size // 2, dims=2)
-        else:
-            shifted = ShiftedWindows(q.shape[2], size, shift=size // 2, device=q.device)
-            second = attend(*moving, pattern=shifted & seen, dropout=self.dropout)
+            return torch.cat([first, second.roll(size // 2, dims=2)], dim=1)
+        shifted = ShiftedWindows(q.shape[2], size, shift=size // 2, device=q.device)
+        first = self._groups(still, EqualGroups(size) & seen, BeforeGroup(size), mask)
+        second = self._groups(moving, shifted & seen, BeforeGroup(size, size // 2), mask)
         return torch.cat([first, second], dim=1)
+
+    def _groups(
+        self, heads: tuple[Tensor, ...], seen: Pattern, before: Pattern, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of queries to keys and values under a pattern of groups, and to the sinks before them."""
+        q, k, v = heads
+        if not self.sinks:
+            return attend(q, k, v, pattern=seen, dropout=self.dropout)
+        if mask is not None and mask.dtype != torch.bool:
+            raise AttentionError("sinks are the first tokens of a row: packed documents need sinks=0")
+        k_sinks, v_sinks = (x[:, :, : self.sinks] for x in (k, v))
+        before = before if mask is None else before & Padding(mask[:, : self.sinks])
+        group = attend(q, k, v, pattern=seen, dropout=self.dropout, return_lse=True)
+        sinks = attend(q, k_sinks, v_sinks, pattern=before, dropout=self.dropout, return_lse=True)
+        return merge(group, sinks)[0]
 
     def _group_size(self, queries: int, keys: int) -> int:
         if queries != keys:

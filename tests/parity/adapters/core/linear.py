@@ -158,7 +158,7 @@ def _lolcats(config: dict[str, Any], x: dict[str, Tensor]) -> Outputs:
             window=config["window"],
             window_factor=factor,
             rest_factor=1 - factor if config["affine_attention_factors"] else 1.0,
-        )
+        )[0]
 
     one_hot = torch.eye(x["v"].shape[2]).expand(*x["v"].shape[:2], -1, -1)
     return {"o": attention(x["v"]), "weights": attention(one_hot), "f_q": q_features}

@@ -11,8 +11,9 @@ from torch import Tensor
 from parity.fixture import Fixture
 from zoo.attention import Causal, attend, capture
 from zoo.attention.layers.hcam import HierarchicalMemory
+from zoo.attention.layers.landmark import GroupedSoftmax
 from zoo.attention.layers.routing import RoutedHeads
-from zoo.attention.layers.sparse import GroupedSoftmax, index_scores, lightning_index, native_sparse
+from zoo.attention.layers.sparse import index_scores, lightning_index, native_sparse
 from zoo.attention.select import attend_blocks
 
 Result = tuple[dict[str, Tensor], dict[str, Any]]

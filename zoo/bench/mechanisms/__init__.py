@@ -1,0 +1,136 @@
+"""`zoo bench suite=attention`: the attention layers of the zoo on the same tasks, at the same cost measure.
+
+Accuracy: one small token model, the same but for its attention, trained on each synthetic task by a fixed
+number of steps. Cost: time and peak memory of a layer over the number of tokens, in the four patterns of
+noncausal and causal, self and cross attention. Domains: the zoo's own models with their attention swapped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import torch
+from omegaconf import DictConfig
+
+from zoo.attention import AttentionError
+from zoo.bench.machine import machine
+from zoo.bench.mechanisms.contestants import Contestant, contestants, lacking, several
+from zoo.bench.mechanisms.cost import Limits, grown, patterns
+from zoo.bench.mechanisms.domains import DOMAIN_TASKS, swapped
+from zoo.bench.mechanisms.record import Cost, Entry, LeftOut, Swapped, Trained, opened
+from zoo.bench.mechanisms.report import Found
+from zoo.bench.synthetic import MQAR, TASKS, Induction, ListOps, Needle, Parity, SelectiveCopy, Task
+from zoo.bench.synthetic.train import Budget, learned
+from zoo.cli.console import console
+from zoo.errors import ConfigError, ZooError, did_you_mean
+
+PARTS = (*TASKS, "cost", *DOMAIN_TASKS)
+"""What `tasks=` chooses from."""
+BUDGETS = {"mqar": Budget()}
+"""By task; the others are easier, and have `SHORT`."""
+SHORT = Budget(dim=32, steps=600)
+QUICK_TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        MQAR(16, 16, 2),
+        SelectiveCopy(4, 14, 2),
+        Induction(4, 16, (16, 32)),
+        Needle(16, 1, lengths=(16, 32), depths=(0.0, 1.0)),
+        ListOps(longest=16, depth=2),
+        Parity(8, (8, 16)),
+    )
+}
+QUICK = Budget(dim=16, depth=1, steps=2, batch_size=4, examples=16, tested=4)
+QUICK_LIMITS = Limits((64, 256))
+
+
+def run(cfg: DictConfig, device: torch.device) -> Found:
+    """The layers like `cfg.only` in the parts of `cfg.tasks`; the record at the output is added to.
+
+    Each result is written as soon as it is there. A quick run tries the domains with one layer only.
+
+    Raises:
+        UnknownName: no layer is like `cfg.only`.
+        ConfigError: no such part, or the output holds something else.
+    """
+    from zoo.bench.suite import output_path
+
+    chosen, parts = contestants(several(cfg.only)), _parts(cfg)
+    path = output_path(cfg)
+    record = opened(path, quick=cfg.quick)
+    record.machines.append(machine(device) | {"only": several(cfg.only), "tasks": parts})
+    for part in parts:
+        one = cfg.quick and part in DOMAIN_TASKS
+        for contestant in sorted(chosen, key=lambda c: c.name != "multihead")[:1] if one else chosen:
+            start = time.monotonic()
+            for entry in _found(contestant, part, cfg, device):
+                record.add(entry)
+            if not cfg.quick:
+                record.write(path)
+                took = time.monotonic() - start
+                console.print(f"{contestant.name} on {part}: {took:.0f} s", highlight=False)
+    return Found(record, cfg.picture)
+
+
+def _parts(cfg: DictConfig) -> list[str]:
+    parts = several(cfg.tasks) or list(PARTS)
+    for part in parts:
+        if part not in PARTS:
+            raise ConfigError(
+                f"There is no task {part!r} in suite=attention.{did_you_mean(str(part), PARTS)} "
+                f"It has: {', '.join(PARTS)}."
+            )
+    return parts
+
+
+def _found(contestant: Contestant, part: str, cfg: DictConfig, device: torch.device) -> Iterator[Entry]:
+    """What one layer gives on one part; what it cannot do is told."""
+    try:
+        if missing := lacking(contestant):
+            raise AttentionError(f"needs arguments: {', '.join(missing)}")
+        if part == "cost":
+            yield from _costs(contestant, cfg, device)
+        elif part in DOMAIN_TASKS:
+            yield _swapped(contestant, part, cfg)
+        else:
+            yield _trained(contestant, part, cfg, device)
+    except ZooError as reason:
+        yield LeftOut(contestant.name, part, str(reason))
+
+
+def _trained(contestant: Contestant, name: str, cfg: DictConfig, device: torch.device) -> Trained:
+    task, budget = (QUICK_TASKS[name], QUICK) if cfg.quick else (TASKS[name], BUDGETS.get(name, SHORT))
+    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+    found = [learned(contestant.short(), task, budget, seed=seed, device=device) for seed in seeds]
+    return Trained(
+        contestant.name,
+        name,
+        contestant.causal,
+        contestant.short(),
+        dataclasses.asdict(task),  # pyright: ignore[reportArgumentType]
+        dataclasses.asdict(budget),
+        task.chance,
+        found[0].parameters,
+        tuple(one.accuracy for one in found),
+        tuple(one.tests for one in found),
+        tuple(one.seconds for one in found),
+    )
+
+
+def _costs(contestant: Contestant, cfg: DictConfig, device: torch.device) -> Iterator[Cost]:
+    attention, limits = contestant.long(), QUICK_LIMITS if cfg.quick else Limits(seconds=cfg.longest)
+    curves = {}
+    for pattern in patterns(attention):
+        same = "NC" if pattern == "CC" else pattern  # where queries stand apart it is one computation
+        if same not in curves:
+            repeats = 1 if cfg.quick else cfg.repeats
+            curves[same] = grown(contestant.name, attention, same, limits, repeats, device)
+        yield Cost(contestant.name, pattern, attention, curves[same])
+
+
+def _swapped(contestant: Contestant, domain: str, cfg: DictConfig) -> Swapped:
+    if contestant.name != contestant.layer:
+        raise AttentionError(f"stands for {contestant.layer} on the synthetic tasks only")
+    return swapped(contestant.name, contestant.both_ways(), domain, quick=cfg.quick, seed=cfg.seed)
