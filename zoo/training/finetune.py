@@ -147,7 +147,7 @@ def fresh_probe(model: nn.Module, cfg: DictConfig) -> None:
 
 
 def _heads(model: nn.Module) -> list[str]:
-    """Names of the children that are the head."""
+    """Names of the modules that are the head."""
     if named := getattr(model, "head_modules", ()):
         return list(named)
     names = [name for name, child in model.named_children() if any(True for _ in child.parameters())]

@@ -97,6 +97,12 @@ class Potential(nn.Module):
         self.scale = Scale(max_atomic_number)
         self.elements: frozenset[int] | None = None
 
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """What fine-tuning of the heads alone trains: the network behind its blocks."""
+        parts = [name for name, _ in self.network.named_children()]
+        return tuple(f"network.{name}" for name in parts[parts.index("blocks") + 1 :])
+
     def graph(self, structures: Structures) -> Any:
         """What the network reads, differentiable in positions and cells."""
         raise NotImplementedError

@@ -186,6 +186,19 @@ def test_direct_forces_become_conservative(direct: tuple[Path, str], file: Path,
     assert len((run / "metrics.csv").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("method", ["head", "probe"])
+def test_heads_alone_are_trained_on_frozen_blocks(
+    direct: tuple[Path, str], file: Path, tmp_path: Path, method: str
+) -> None:
+    run = tmp_path / "run"
+    options = ("data.max_atoms=16", "trainer.max_epochs=1", *QUIET, f"run_dir={run}", f"method={method}")
+    zoo("finetune", "domain=atoms", f"checkpoint={direct[0]}", "data=extxyz", f"data.path={file}", *options)
+    old, new = weights(direct[0]), weights(run)
+    changed = {name.split(".")[1] for name in new if not torch.equal(old[name], new[name])}
+    heads = {"node_readout", "edge_readout", "energy_norm", "energy_head", "force_head"}
+    assert {"energy_head", "force_head"} <= changed - {"energy_rmsd", "force_rmsd"} <= heads
+
+
 def test_transferred_weights_are_those_of_the_checkpoint(direct: tuple[Path, str]) -> None:
     from domains.atoms.transfer import transfer
 
