@@ -37,6 +37,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "pgqa": {"num_kv_heads": 2},
     "s2": {"num_groups": 2},
     "shifted_window": {"window": 4},
+    "tpla": {"kv_rank": 8},
 }
 """Arguments without a default, and sizes that fit 8 tokens and 4 heads."""
 
