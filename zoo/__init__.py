@@ -12,27 +12,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.registry import (
-        create_model,
-        from_official,
-        list_models,
-        model_card,
-        register_model,
-        to_official,
-    )
+    from zoo.create import create_model
+    from zoo.registry import list_models, model_card, register_model
     from zoo.weights.checkpoint import load_model, save_model
+    from zoo.weights.exchange import from_official, to_official
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "create_model": "zoo.registry",
-    "from_official": "zoo.registry",
+    "create_model": "zoo.create",
+    "from_official": "zoo.weights.exchange",
     "list_models": "zoo.registry",
     "load_model": "zoo.weights.checkpoint",
     "model_card": "zoo.registry",
     "register_model": "zoo.registry",
     "save_model": "zoo.weights.checkpoint",
-    "to_official": "zoo.registry",
+    "to_official": "zoo.weights.exchange",
 }
 
 __all__ = [

@@ -122,10 +122,7 @@ def _problem(overrides: list[Override], groups: dict[str, list[str]]) -> str:
         return domain or ""
     from zoo.registry import get_domain
 
-    if model in groups["model"]:
-        config: Any = OmegaConf.load(config_dir() / "model" / f"{model}.yaml")
-        model = config.model.name
-    return get_domain(domain, model).name
+    return get_domain(domain, _registered_name(model) if model in groups["model"] else model).name
 
 
 def _choice(override: Override, bare: list[str], problem: str) -> list[str]:
@@ -148,15 +145,39 @@ def _looks_like_a_group(override: Override, groups: dict[str, list[str]]) -> boo
 
 
 def _check_groups(overrides: list[Override], groups: dict[str, list[str]], bare: list[str]) -> None:
+    domain = _chosen(overrides, groups).get("domain")
     for override in overrides:
         if not _is_group(override, groups) or override.value() is None:
             continue
         group, option = override.key_or_group, str(override.value())
         known = [*groups[group], *(bare if group == "model" else ())]
-        if option not in known:
-            raise ConfigError(
-                f"There is no {group}={option}.{did_you_mean(option, known)} Options: {', '.join(known)}."
-            )
+        if option in known:
+            continue
+        if group == "model" and domain in groups["domain"]:
+            known = _models_of(domain, option, groups["model"])
+        raise ConfigError(
+            f"There is no {group}={option}.{did_you_mean(option, known)} Options: {', '.join(known)}."
+        )
+
+
+def _models_of(domain: str, asked: str, configs: list[str]) -> list[str]:
+    """What `model=` takes in a domain: its registered models and its configs.
+
+    Raises:
+        ConfigError: the model that was asked for is of another domain.
+    """
+    from zoo.registry import list_models, model_card
+
+    if asked in list_models():
+        raise ConfigError(f"The model {asked} is for domain={model_card(asked).domain}, not {domain}.")
+    names = list_models(f"{domain.partition('/')[0]}/*")
+    return sorted({*names, *(config for config in configs if _registered_name(config) in names)})
+
+
+def _registered_name(config: str) -> str:
+    """The model that `configs/model/CONFIG.yaml` builds."""
+    content: Any = OmegaConf.load(config_dir() / "model" / f"{config}.yaml")
+    return content.model.name
 
 
 def _hydra(verb: str, overrides: list[str]) -> DictConfig:

@@ -38,11 +38,17 @@ GRID: dict[Any, Any] = {
 
 @contextmanager
 def canvas(
-    path: str | Path, size: tuple[float, float], style: dict[Any, Any], **grid: Any
+    path: str | Path,
+    size: tuple[float, float],
+    style: dict[Any, Any],
+    *,
+    colours: int | None = None,
+    **grid: Any,
 ) -> Iterator[tuple[Figure, Any]]:
     """A figure of this size in inches and its `[rows, columns]` of axes, saved to `path` at the end.
 
     Args:
+        colours: see `save`.
         grid: of `Figure.subplots`, such as `nrows`.
     """
     import matplotlib
@@ -51,5 +57,20 @@ def canvas(
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         yield figure, figure.subplots(squeeze=False, **grid)
-        with atomic_path(path) as part:
-            figure.savefig(part, format="png", dpi=150)
+        save(figure, path, colours=colours)
+
+
+def save(figure: Figure, path: str | Path, *, colours: int | None = None) -> None:
+    """As PNG.
+
+    Args:
+        colours: that are kept, for a small file; None = all.
+    """
+    from PIL import Image
+
+    with atomic_path(path) as part:
+        figure.savefig(part, format="png", dpi=150)
+        if colours is not None:
+            with Image.open(part) as image:
+                few = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+            few.save(part, format="png", optimize=True)

@@ -9,30 +9,19 @@ import inspect
 import json
 import pkgutil
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from omegaconf import Container, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.errors import CheckpointError, ConfigError, UnknownName, did_you_mean
-from zoo.weights.cards import WeightCard, is_non_commercial, weight_card
-from zoo.weights.checkpoint import (
-    LoadReport,
-    check_fit,
-    load_state,
-    matches,
-    read_state_dict,
-    told_by,
-)
-from zoo.weights.formats import read_tensors
-from zoo.weights.official import OfficialLayout
+from zoo.errors import ConfigError, UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from zoo.weights.official import OfficialLayout
 
 STATUSES = ("official parity", "re-implementation")
 """Held to numbers of the official program, or written from the paper's description alone."""
@@ -102,14 +91,61 @@ class Domain:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """A registered model."""
+
     card: ModelCard
     builder: Callable[..., nn.Module]
     model: Callable[..., nn.Module]
+    """What the builder constructs."""
     official: type[OfficialLayout] | None
 
+    def signature(self) -> dict[str, inspect.Parameter]:
+        """The class's parameters, the builder's own in place of those of the same name."""
+        named = _named_parameters(*reversed(_constructors(self.model)), self.builder)
+        named.pop("pretrained", None)
+        return named
 
-_MODELS: dict[str, _Entry] = {}
+    def needed(self, config: Mapping[str, Any]) -> list[str]:
+        """Arguments without default that `config` does not give."""
+        return [key for key, p in self.signature().items() if p.default is p.empty and key not in config]
+
+    def checked(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The overrides as plain JSON-able values, every name an argument of the model."""
+        name, signature = self.card.name, self.signature()
+        config = {}
+        for key, value in overrides.items():
+            if key not in signature:
+                hint = did_you_mean(key, signature)
+                raise ConfigError(
+                    f"Model {name!r} has no argument {key!r}.{hint} It has: {', '.join(signature)}."
+                )
+            plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, Container) else value
+            try:
+                config[key] = json.loads(json.dumps(plain))
+            except (TypeError, ValueError):
+                kind = type(value).__name__
+                raise ConfigError(
+                    f"Argument {key!r} of model {name!r} is a {kind}; a checkpoint can store only numbers, "
+                    "strings, lists and dicts."
+                ) from None
+        return config
+
+    def build(self, config: dict[str, Any]) -> nn.Module:
+        """The model, with what rebuilds it as `zoo_config`; `config` is `checked`."""
+        name, needed = self.card.name, self.needed(config)
+        if needed:
+            raise ConfigError(f"Model {name!r} needs {', '.join(needed)}, for example {needed[0]}=...")
+        try:
+            model = self.builder(**config)
+        except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+            given = ", ".join(f"{key}={value}" for key, value in config.items())
+            raise ConfigError(f"Model {name!r} cannot be built with {given}: {error}") from error
+        model.__dict__["zoo_config"] = {"name": name, "domain": self.card.domain, "config": config}
+        return model
+
+
+_MODELS: dict[str, Entry] = {}
 _DOMAINS: dict[str, Domain] = {}
 
 
@@ -150,6 +186,8 @@ def register_model(
         def gman_metr_la(*, num_layers: int = 5, **kwargs) -> nn.Module:
             return GMAN(num_layers=num_layers, **kwargs)
 
+    Where variants differ in a table of numbers, `variant` makes such builders.
+
     Raises:
         ValueError: another domain has a model of this name, or `status` is not one of `STATUSES`.
     """
@@ -175,10 +213,23 @@ def register_model(
             notes=notes,
             problem=problem,
         )
-        _MODELS[name] = _Entry(card, builder, model, official)
+        _MODELS[name] = Entry(card, builder, model, official)
         return builder
 
     return register
+
+
+def variant(name: str, model: type[nn.Module], **defaults: Any) -> Callable[..., nn.Module]:
+    """A builder of this name for `register_model`: the class with other defaults."""
+
+    def build(**options: Any) -> nn.Module:
+        return model(**(defaults | options))
+
+    known = _named_parameters(*reversed(_constructors(model)))
+    own = [known[key].replace(default=value, kind=known[key].KEYWORD_ONLY) for key, value in defaults.items()]
+    build.__name__, build.__module__ = name, model.__module__
+    vars(build)["__signature__"] = inspect.Signature(own)
+    return build
 
 
 def _domain_of(module: str) -> str:
@@ -235,7 +286,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def model_class(name: str) -> Callable[..., nn.Module]:
     """The class that the builder of a model constructs."""
-    return _find(name).model
+    return find_entry(name).model
 
 
 def model_card(name: str, *, count: bool = True) -> ModelCard:
@@ -244,9 +295,9 @@ def model_card(name: str, *, count: bool = True) -> ModelCard:
     Raises:
         UnknownName: no such model.
     """
-    entry = _find(name)
+    entry = find_entry(name)
     sizes = _example_sizes(entry)
-    if not count or _needed(entry, sizes):
+    if not count or entry.needed(sizes):
         return entry.card
     with torch.device("meta"):
         parameters = sum(p.numel() for p in entry.builder(**sizes).parameters())
@@ -260,11 +311,11 @@ def count_flops(name: str) -> int | None:
     """
     from zoo.attention import backend
 
-    entry = _find(name)
+    entry = find_entry(name)
     domain, sizes = _DOMAINS.get(_problem_of(entry.card)), _example_sizes(entry)
-    if domain is None or not domain.example_inputs or _needed(entry, sizes):
+    if domain is None or not domain.example_inputs or entry.needed(sizes):
         return None
-    arguments = {key: parameter.default for key, parameter in _signature(entry).items()} | sizes
+    arguments = {key: parameter.default for key, parameter in entry.signature().items()} | sizes
     with FlopCounterMode(display=False) as counter, backend("blocked"), torch.no_grad():
         # The counter cannot follow a view of a parameter that requires gradients.
         entry.builder(**sizes).eval().requires_grad_(False)(*domain.load("example_inputs")(**arguments))
@@ -273,13 +324,13 @@ def count_flops(name: str) -> int | None:
 
 def model_signature(name: str) -> dict[str, inspect.Parameter]:
     """The constructor arguments of a model by name, with the defaults of this variant."""
-    return _signature(_find(name))
+    return find_entry(name).signature()
 
 
 def argument_docs(name: str) -> dict[str, str]:
     """What each constructor argument of a model means, from the `Args:` section of its class's docstring."""
     docs: dict[str, str] = {}
-    for cls in reversed(_constructors(_find(name).model)):
+    for cls in reversed(_constructors(find_entry(name).model)):
         docs |= documented(cls)
     return docs
 
@@ -306,7 +357,12 @@ def _import_domain(name: str) -> None:
         importlib.import_module(f"domains.{name}")
 
 
-def _find(name: str) -> _Entry:
+def find_entry(name: str) -> Entry:
+    """The model called `name`, bare or with its domain.
+
+    Raises:
+        UnknownName: there is none; the message names the nearest.
+    """
     domain, _, bare = name.rpartition("/")
     if domain:
         _import_domain(domain)
@@ -319,17 +375,6 @@ def _find(name: str) -> _Entry:
         where = f" in domain {domain!r}" if domain else ""
         raise UnknownName(f"There is no model {bare!r}{where}.{hint} `zoo list` shows all models.")
     return entry
-
-
-def _signature(entry: _Entry) -> dict[str, inspect.Parameter]:
-    """The class's parameters, the builder's own in place of those of the same name."""
-    named = {}
-    for function in (*reversed(_constructors(entry.model)), entry.builder):
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                named[parameter.name] = parameter
-    named.pop("pretrained", None)
-    return named
 
 
 def _constructors(model: Callable[..., nn.Module]) -> list[Callable[..., Any]]:
@@ -345,371 +390,17 @@ def _constructors(model: Callable[..., nn.Module]) -> list[Callable[..., Any]]:
     return [cls for cls in found if cls is not nn.Module]
 
 
-def _example_sizes(entry: _Entry) -> dict[str, Any]:
+def _named_parameters(*functions: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """By name, the later ones in place of those of the same name."""
+    return {
+        parameter.name: parameter
+        for function in functions
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def _example_sizes(entry: Entry) -> dict[str, Any]:
     domain = _DOMAINS.get(_problem_of(entry.card))
     sizes = domain.example_sizes if domain else {}
-    return {key: sizes[key] for key in _needed(entry, {}) if key in sizes}
-
-
-def _needed(entry: _Entry, config: Mapping[str, Any]) -> list[str]:
-    """Arguments without default that `config` does not give."""
-    return [key for key, p in _signature(entry).items() if p.default is p.empty and key not in config]
-
-
-# ---- creating ----------------------------------------------------------------------------------------------
-
-
-def create_model(
-    name: str,
-    *,
-    pretrained: bool | str = False,
-    checkpoint_path: str | Path | None = None,
-    **overrides: Any,
-) -> nn.Module:
-    """Build a model by name.
-
-    Args:
-        name: `"gman"`, or with its domain `"traffic/gman"` (which imports only that domain); `"gman.TAG"`
-            chooses the checkpoint card `gman_TAG` where pretrained=True.
-        pretrained: load the weights of the model's first checkpoint card, or of the card of this name or tag.
-        checkpoint_path: load these weights, own or in the official layout; a checkpoint of ours also brings
-            the arguments it was built with.
-        overrides: constructor arguments; they win over those of a checkpoint.
-
-    Returns:
-        The model, in training mode. `model.zoo_config` holds `name`, `domain` and `config`, the JSON-able
-        arguments that rebuild it.
-
-    Raises:
-        UnknownName: no such model or card.
-        ConfigError: an argument the model does not have, or one that is missing or cannot be stored.
-        CheckpointError: the weights do not belong to this model.
-    """
-    name, _, tag = name.partition(".")
-    entry = _find(name)
-    if tag:
-        pretrained = _choose_card(entry, tag).name if pretrained is True else pretrained
-    config = _checked(entry, overrides)
-    if pretrained and checkpoint_path is not None:
-        raise ConfigError("Give pretrained or checkpoint_path, not both.")
-    if pretrained:
-        return _from_card(entry, _choose_card(entry, pretrained), config)
-    if checkpoint_path is not None:
-        return _from_checkpoint(entry, checkpoint_path, config)
-    return _build(entry, config)
-
-
-def _checked(entry: _Entry, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The overrides as plain JSON-able values, every name an argument of the model."""
-    name, signature = entry.card.name, _signature(entry)
-    config = {}
-    for key, value in overrides.items():
-        if key not in signature:
-            hint = did_you_mean(key, signature)
-            raise ConfigError(
-                f"Model {name!r} has no argument {key!r}.{hint} It has: {', '.join(signature)}."
-            )
-        config[key] = OmegaConf.to_container(value, resolve=True) if isinstance(value, Container) else value
-        try:
-            config[key] = json.loads(json.dumps(config[key]))
-        except (TypeError, ValueError):
-            kind = type(value).__name__
-            raise ConfigError(
-                f"Argument {key!r} of model {name!r} is a {kind}; a checkpoint can store only numbers, "
-                "strings, lists and dicts."
-            ) from None
-    return config
-
-
-def _build(entry: _Entry, config: dict[str, Any]) -> nn.Module:
-    name, needed = entry.card.name, _needed(entry, config)
-    if needed:
-        raise ConfigError(f"Model {name!r} needs {', '.join(needed)}, for example {needed[0]}=...")
-    try:
-        model = entry.builder(**config)
-    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        given = ", ".join(f"{key}={value}" for key, value in config.items())
-        raise ConfigError(f"Model {name!r} cannot be built with {given}: {error}") from error
-    model.__dict__["zoo_config"] = {"name": name, "domain": entry.card.domain, "config": config}
-    return model
-
-
-def _from_checkpoint(entry: _Entry, path: str | Path, config: dict[str, Any]) -> nn.Module:
-    if Path(path).is_dir():
-        return _from_official(entry, *_read_official(entry, path), config, str(path))[0]
-    state, metadata = read_tensors(path)
-    if (options := _told_options(entry, metadata)) is not None:
-        return _from_official(entry, state, options, config, str(path))[0]
-    meta = told_by(metadata, path)
-    stored = meta.get("model", {"name": entry.card.name, "config": {}})
-    if stored["name"] != entry.card.name:
-        raise CheckpointError(f"{path} holds a {stored['name']!r}, not a {entry.card.name!r}.")
-    model = _build(entry, stored["config"] | config)
-    if meta:
-        load_state(model, state, source=str(path))
-    else:
-        _load(entry, model, state, str(path))
-    return model
-
-
-def _choose_card(entry: _Entry, pretrained: bool | str) -> WeightCard:
-    names = entry.card.weights
-    if not names:
-        raise UnknownName(
-            f"No weights of {entry.card.name!r} are published. Train it, pass checkpoint_path=FILE (own) "
-            "or use zoo.from_official (official file)."
-        )
-    if pretrained is True:
-        return weight_card(names[0])
-    if f"{entry.card.name}_{pretrained}" in names:
-        return weight_card(f"{entry.card.name}_{pretrained}")
-    if pretrained not in names:
-        raise UnknownName(
-            f"Model {entry.card.name!r} has no weights {pretrained!r}.{did_you_mean(str(pretrained), names)} "
-            f"It has: {', '.join(names)}."
-        )
-    return weight_card(str(pretrained))
-
-
-def _from_card(entry: _Entry, card: WeightCard, config: dict[str, Any]) -> nn.Module:
-    """Official weights of the whole model, or, with a converter of its own, a start for part of it."""
-    from zoo.weights.download import fetch
-
-    path = fetch(card)
-    if not card.converter:
-        state, options = _read_official(entry, path)
-        return _from_official(entry, state, options | card.config, config, str(path))[0]
-    model = _build(entry, card.config | config)
-    tensors = load_object(card.converter)(read_state_dict(path), model)
-    kept = [name for name in model.state_dict() if name not in tensors]
-    load_state(model, tensors, skip=kept, source=str(path))
-    return model
-
-
-# ---- official checkpoints ----------------------------------------------------------------------------------
-
-
-def from_official(
-    name: str, checkpoint: str | Path | Mapping[str, Tensor | np.ndarray], **official_config: Any
-) -> nn.Module:
-    """Build a model from a checkpoint of its official program.
-
-    Args:
-        name: name of the model, bare or with its domain.
-        checkpoint: a file (`.pth`, `.safetensors`, `.npz`, TensorFlow prefix), a folder where the official
-            program writes one, or a dict from official tensor names to tensors or arrays.
-        official_config: the official program's options that its checkpoint does not tell.
-
-    Returns:
-        The model with every weight loaded, in eval mode.
-
-    Raises:
-        ConfigError: an official option that the adapter does not know.
-        CheckpointError: tensors missing, left over or of another shape, each by its official name.
-    """
-    return load_official(name, checkpoint, **official_config)[0]
-
-
-def load_official(
-    name: str, checkpoint: str | Path | Mapping[str, Tensor | np.ndarray], **official_config: Any
-) -> tuple[nn.Module, LoadReport]:
-    """`from_official`, with the account of every tensor: what no official file holds is left at init."""
-    entry = _find(name)
-    if isinstance(checkpoint, Mapping):
-        state, source = _as_tensors(checkpoint), "The given state dict"
-    else:
-        state, options = _read_official(entry, checkpoint)
-        official_config, source = options | official_config, str(checkpoint)
-    model, report = _from_official(entry, state, official_config, {}, source)
-    return model.eval(), report
-
-
-def to_official(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of a model of this zoo under the names and in the layout of its official program.
-
-    Args:
-        tensors: map these instead, given by our names; the gradients, for example.
-    """
-    layout = _layout(_entry_of(model))
-    return layout.exported(dict(model.state_dict() if tensors is None else tensors), model)
-
-
-def detect_model(state: dict[str, Tensor]) -> str | None:
-    """The model that the tensors of an official file belong to, as far as a domain knows them by their names.
-
-    Raises:
-        CheckpointError: they are of a family that is known, but of none of its models.
-    """
-    domains = (get_domain(name) for name in list_domains())
-    found = (domain.load("detect")(state) for domain in domains if domain.detect)
-    return next((name for name in found if name), None)
-
-
-def official_wrapper(model: nn.Module) -> str | None:
-    """The key under which PyTorch files of a model's official program hold the weights."""
-    return _layout(_entry_of(model)).wrapper
-
-
-def to_other(model: nn.Module, program: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """What a PyTorch file of another program holds of this model, the tensors under `state_dict`.
-
-    Args:
-        extra: what the model's checkpoint holds beside the weights.
-
-    Raises:
-        ConfigError: the program does not have the model.
-        CheckpointError: it has no place for some part of the model.
-    """
-    entry = _entry_of(model)
-    known = entry.official.others if entry.official else {}
-    if program not in known:
-        raise ConfigError(f"{program} has no {entry.card.name!r}, so that it cannot be written for it.")
-    return load_object(known[program])(model, extra)
-
-
-def facts_of_file(model: nn.Module, checkpoint: str | Path) -> dict[str, Any]:
-    """The `extra` that an official file tells of a model that was read from it; empty: it tells none."""
-    if Path(checkpoint).is_dir():
-        return {}
-    return _layout(_entry_of(model)).facts(model, read_tensors(checkpoint)[1])
-
-
-def load_weights(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor | np.ndarray]) -> LoadReport:
-    """Fill a model of this zoo from a checkpoint of ours, or of its official program.
-
-    An official file is fitted to the model where its layout knows how: to other input channels, other classes
-    or a backbone without head.
-
-    Raises:
-        CheckpointError: tensors missing, left over or of another shape.
-    """
-    if isinstance(checkpoint, Mapping):
-        state, source = _as_tensors(checkpoint), "The given state dict"
-    else:
-        state, source = read_state_dict(checkpoint), str(checkpoint)
-    return _load(_entry_of(model), model, state, source)
-
-
-def _load(entry: _Entry, model: nn.Module, state: dict[str, Tensor], source: str) -> LoadReport:
-    if entry.official is None or state.keys() == model.state_dict().keys():
-        return load_state(model, state, source=source)
-    return _fill(entry, model, _canonical(entry, state), source, fit=True)
-
-
-def in_own_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A state dict in the official layout of a model, under our names; any other as it is."""
-    if "zoo_config" not in model.__dict__ or state_dict.keys() == model.state_dict().keys():
-        return state_dict
-    entry = _entry_of(model)
-    if entry.official is None:
-        return state_dict
-    layout, state = entry.official, _canonical(entry, dict(state_dict))
-    official = layout.exported(model.state_dict(), model)
-    if {key for key in official if not matches(key, layout.ignored)} != state.keys():
-        return state_dict
-    _notice(entry)
-    return layout.imported(state, model)
-
-
-def _entry_of(model: nn.Module) -> _Entry:
-    built = getattr(model, "zoo_config", None)
-    if built is None:
-        raise CheckpointError(
-            f"This {type(model).__name__} was not built by zoo.create_model, so its layout is unknown."
-        )
-    return _find(f"{built['domain']}/{built['name']}")
-
-
-def _from_official(
-    entry: _Entry,
-    state: dict[str, Tensor],
-    official_config: dict[str, Any],
-    overrides: dict[str, Any],
-    source: str,
-) -> tuple[nn.Module, LoadReport]:
-    layout, name = _layout(entry), entry.card.name
-    _check_options(layout, name, official_config)
-    state = _canonical(entry, state)
-    try:
-        config = layout.config(state, **official_config)
-    except KeyError as error:
-        reason = f"it has no tensor {error}"
-        raise CheckpointError(f"{source} is no official checkpoint of {name!r}: {reason}.") from None
-    model = _build(entry, _checked(entry, config) | overrides)
-    return model, _fill(entry, model, state, source, fit=bool(overrides))
-
-
-def _notice(entry: _Entry) -> None:
-    """Says so where official weights may not be used commercially."""
-    name, licence = entry.card.name, entry.card.licence
-    if is_non_commercial(licence):
-        warnings.warn(
-            f"The official weights of {name!r} are under {licence}: no commercial use.", stacklevel=5
-        )
-
-
-def _canonical(entry: _Entry, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    layout = _layout(entry)
-    return {key: value for key, value in layout.canonical(state).items() if not matches(key, layout.ignored)}
-
-
-def _fill(entry: _Entry, model: nn.Module, state: dict[str, Tensor], source: str, *, fit: bool) -> LoadReport:
-    layout, name = _layout(entry), entry.card.name
-    _notice(entry)
-    own = [f"{name}.*" for name in layout.own_modules]
-    dispensable = (*layout.ignored, *layout.optional, *own)
-    official = layout.exported(model.state_dict(), model)
-    if fit:
-        state = layout.fitted(state, official, model)
-    expected = {
-        key: value for key, value in official.items() if key in state or not matches(key, dispensable)
-    }
-    weights = {key: value for key, value in state.items() if not matches(key, layout.beside)}
-    check_fit(weights, expected, source=source, target=f"official {name}")
-    fresh = [name for name in model.state_dict() if matches(name, own) and name not in state]
-    skip = (*layout.unofficial, *fresh)
-    return load_state(model, layout.imported(state, model), skip=skip, source=source)
-
-
-def _layout(entry: _Entry) -> type[OfficialLayout]:
-    if entry.official is None:
-        raise CheckpointError(
-            f"Model {entry.card.name!r} has no official checkpoint layout ({entry.card.status})."
-        )
-    return entry.official
-
-
-def _check_options(layout: type[OfficialLayout], name: str, options: Mapping[str, Any]) -> None:
-    _, *parameters = inspect.signature(layout.config).parameters.values()
-    known = {p.name: p.default is p.empty for p in parameters if p.kind is not p.VAR_KEYWORD}
-    for option in options:
-        if option not in known and len(known) == len(parameters):
-            raise ConfigError(
-                f"The official program of {name!r} has no option {option!r}.{did_you_mean(option, known)} "
-                f"Known: {', '.join(known)}."
-            )
-    needed = [option for option, required in known.items() if required and option not in options]
-    if needed:
-        raise ConfigError(
-            f"An official checkpoint of {name!r} does not tell {', '.join(needed)}: give {needed[0]}=... "
-            f"Options: {', '.join(known)}."
-        )
-
-
-def _read_official(entry: _Entry, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a file or folder of the official program, and the options that it tells."""
-    if Path(path).is_dir() and entry.official is not None:
-        found = entry.official.read_folder(Path(path))
-        if found is not None:
-            return found
-    state, metadata = read_tensors(path)
-    return state, _told_options(entry, metadata) or {}
-
-
-def _told_options(entry: _Entry, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The options that a file of the official program tells, as far as the layout knows them; None: none."""
-    return _layout(entry).told(json.loads(metadata["official"])) if "official" in metadata else None
-
-
-def _as_tensors(state: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
-    return {key: v if isinstance(v, Tensor) else torch.from_numpy(np.array(v)) for key, v in state.items()}
+    return {key: sizes[key] for key in entry.needed({}) if key in sizes}

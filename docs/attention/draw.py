@@ -16,10 +16,8 @@ from on_maps import PICTURES as MAPS
 from on_selections import PICTURES as SELECTIONS
 from on_sequences import PICTURES as SEQUENCES
 from on_states import PICTURES as STATES
-from PIL import Image
 from weights import Panel
 
-from zoo.files import atomic_path
 from zoo.plots import BLUE, GREY, STYLE, VERMILION, canvas
 
 PICTURES = SEQUENCES | STATES | SELECTIONS | MAPS
@@ -40,15 +38,12 @@ def draw(name: str, panels: list[Panel], folder: Path = FOLDER) -> Path:
     rows = -(-len(panels) // IN_A_ROW)
     columns = -(-len(panels) // rows)
     path = folder / f"{name}.png"
-    with canvas(path, (SIZE * columns, (SIZE + 0.15) * rows), STYLE, nrows=rows, ncols=columns) as (_, axes):
+    size = (SIZE * columns, (SIZE + 0.15) * rows)
+    with canvas(path, size, STYLE, colours=200, nrows=rows, ncols=columns) as (_, axes):
         for ax, panel in zip(axes.flat, panels, strict=False):
             _draw(ax, panel)
         for ax in list(axes.flat)[len(panels) :]:
             ax.set_axis_off()
-    with Image.open(path) as image:
-        few = image.convert("RGB").quantize(200, dither=Image.Dither.NONE)
-    with atomic_path(path) as part:
-        few.save(part, format="png", optimize=True)
     return path
 
 

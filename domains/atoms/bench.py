@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from domains.atoms.models.escaip import EScAIP
 from domains.atoms.structures import Structures
-from zoo.bench.compare import Job
+from zoo.bench.compare import Job, gradient_norm
 from zoo.bench.peer import load_peer
 from zoo.bench.suite import Case, Growth, Suite
 from zoo.bench.timing import Call
+from zoo.create import create_model
 from zoo.errors import require
-from zoo.registry import create_model, to_official
+from zoo.weights.exchange import to_official
 
 if TYPE_CHECKING:
     import ase
@@ -191,10 +192,9 @@ def training(name: str, count: int, *, forces: str, **options: Any) -> Case:
             network.train()
 
             def once() -> Tensor:
-                network.zero_grad()
                 outputs = run()
-                (outputs["energy"].abs().mean() + outputs["forces"].norm(dim=1).mean()).backward()
-                return torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
+                loss = outputs["energy"].abs().mean() + outputs["forces"].norm(dim=1).mean()
+                return gradient_norm(network, loss)
 
             return once
 

@@ -18,7 +18,7 @@ from domains.atoms.frames import averaged
 from domains.atoms.graph.pairs import pair_vectors
 from domains.atoms.models.potential import Potential
 from domains.atoms.structures import Structures
-from zoo.bench.machine import chosen_device
+from zoo.devices import chosen_device
 from zoo.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from domains.atoms.report import error_table
 from domains.atoms.sources import Frame
 from domains.atoms.sources.units import Units
 from domains.atoms.structures import Structures
-from zoo.bench.machine import chosen_device
 from zoo.cli.console import console
+from zoo.devices import chosen_device
 from zoo.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 
 from domains.atoms.models.potential import Potential
 from zoo.cli.console import console
+from zoo.create import create_model
 from zoo.errors import CheckpointError
-from zoo.registry import create_model
 from zoo.weights.checkpoint import check_fit, load_state, read_checkpoint
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from domains.detection.annotations import Annotated, Collection
-from zoo.registry import create_model
+from zoo.create import create_model
 
 
 def mean_results(train: Collection, test: Collection, *, pose: bool) -> list[dict[str, Any]]:

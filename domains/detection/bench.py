@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from domains.detection.losses import Focal, box_terms
 from domains.detection.matching import Matcher, SetLoss, stack
 from domains.detection.models.detector import layers
-from zoo.bench.compare import Job
+from zoo.bench.compare import Job, gradient_norm
 from zoo.bench.peer import load_peer
 from zoo.bench.suite import Case, Suite
-from zoo.registry import create_model, to_official
+from zoo.create import create_model
+from zoo.weights.exchange import to_official
 
 
 def contestants(device: torch.device) -> tuple[Any, Any]:
@@ -122,10 +123,10 @@ def training(batch: int, height: int, width: int, *, target: float | None = None
         loss, plain_loss = SetLoss(box_terms()), load_peer("group_detr").loss
 
         def ours() -> Tensor:
-            return stepped(model, loss(layers(model(x)), wanted, model.groups)[0])
+            return gradient_norm(model, loss(layers(model(x)), wanted, model.groups)[0])
 
         def theirs() -> Tensor:
-            return stepped(peer, plain_loss(peer(x, mask), wanted, model.groups))
+            return gradient_norm(peer, plain_loss(peer(x, mask), wanted, model.groups))
 
         return Job("training", ours, theirs, ours, theirs)
 
@@ -168,13 +169,6 @@ def pose_inference(
         return Job(name, ours, theirs, results(ours, "logits", "keypoints"), results(theirs, 0, 1))
 
     return Case(f"group_pose_r50, {width}x{height} pixels", build, target, items=1, rounds=rounds)
-
-
-def stepped(network: nn.Module, loss: Tensor) -> Tensor:
-    """The norm of all gradients."""
-    network.zero_grad()
-    loss.backward()
-    return torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
 
 
 def beside_mmdet() -> tuple[Case, ...]:

@@ -23,6 +23,7 @@ from domains.detection.drawing import Shown, drawn
 from domains.detection.frames import Frame, check_readers, find_inputs, read_frames
 from domains.detection.keypoints import VISIBILITY, Skeleton
 from zoo.cli.console import console
+from zoo.devices import chosen_device
 from zoo.errors import ConfigError, DataError
 from zoo.files import atomic_path, atomic_write
 
@@ -90,7 +91,7 @@ def predict(model: nn.Module, facts: Mapping[str, Any], cfg: DictConfig) -> list
     _check(cfg)
     files = find_inputs(cfg.input)
     check_readers(files)
-    model.to(_device(cfg.device))
+    model.to(chosen_device(cfg.device))
     known = Known.of(facts, cfg.short, cfg.long)
     failed: list[str] = []
     found, pictures = [], []
@@ -268,13 +269,3 @@ def _check(cfg: DictConfig) -> None:
         raise ConfigError(f"batch_size={cfg.batch_size}: at least 1.")
     if cfg.corrupt not in CORRUPT:
         raise ConfigError(f"corrupt={cfg.corrupt} is not one of {', '.join(CORRUPT)}.")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device={name} is not one of auto, cpu, cuda, mps.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: there is no GPU that torch can use. Set device=cpu.")
-    return torch.device(name)

@@ -13,7 +13,8 @@ from domains.detection.annotations import skeleton_facts
 from domains.detection.keypoints import default_skeleton
 from domains.detection.weights.classes import CLASSES, HEADS, IDS, coco_ids, coco_names
 from zoo.cli.console import console
-from zoo.registry import create_model, model_signature
+from zoo.create import create_model
+from zoo.registry import model_signature
 from zoo.weights.checkpoint import load_state, read_checkpoint
 
 if TYPE_CHECKING:

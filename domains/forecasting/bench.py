@@ -1,4 +1,7 @@
-"""`zoo bench suite=forecasting`: Chronos-2 beside the package `chronos-forecasting`, of the same weights."""
+"""`zoo bench suite=forecasting`: Chronos-2 beside the package `chronos-forecasting`, of the same weights.
+
+The smaller models stand beside their plain layouts.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,13 @@ from torch import Tensor
 
 from domains.forecasting.models.chronos2 import Chronos2
 from domains.forecasting.pipeline import Forecaster
+from domains.forecasting.plain_bench import CASES
 from domains.forecasting.weights import save_folder
 from zoo.bench.compare import Job
 from zoo.bench.suite import Case, Growth, Suite
 from zoo.bench.timing import Call
+from zoo.create import create_model
 from zoo.errors import require
-from zoo.registry import create_model
 
 
 @cache
@@ -129,6 +133,7 @@ SUITE = Suite(
             for form in ("bfloat16", "compiled")
             for steps in (512, 2048)
         ),
+        *CASES,
     ),
     (over_series("chronos2_mini", 1, 512), over_series("chronos2_mini", 4, 512)),
 )

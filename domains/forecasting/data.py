@@ -31,7 +31,10 @@ from domains.forecasting.sources import (
     read_m4,
     read_set,
 )
+from domains.forecasting.synthetic.sales import simulated_sales
 from zoo.errors import ConfigError, did_you_mean
+from zoo.files import atomic_path
+from zoo.paths import cache_dir
 from zoo.training.data import DataModule, ResumableLoader
 
 HORIZON = 48
@@ -263,6 +266,14 @@ class ForecastData(DataModule):
         }
 
     # ---- `zoo data` --------------------------------------------------------------------------------------
+
+    @staticmethod
+    def make(output: Path | None = None, *, weeks: int = 104, seed: int = 0) -> list[Path]:
+        """Write simulated sales with covariates as `sales.csv` into `output`, or else into the cache."""
+        path = (output or cache_dir() / "forecasting") / "sales.csv"
+        with atomic_path(path) as part:
+            simulated_sales(weeks=weeks, seed=seed).to_csv(part, index=False, float_format="%.6g")
+        return [path]
 
     @staticmethod
     def describe(path: Path, **options: Any) -> tuple[dict[str, str], list[dict[str, str]]]:

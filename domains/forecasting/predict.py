@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import nn
@@ -22,6 +21,7 @@ from domains.forecasting.plots import PANELS, Fan, fan_chart
 from domains.forecasting.series import checked_frame, listed, season_length, series_bounds
 from domains.forecasting.sources import read_frame, read_table
 from zoo.cli.console import console
+from zoo.devices import chosen_device
 from zoo.errors import ConfigError, DataError, did_you_mean
 from zoo.files import atomic_path
 
@@ -68,7 +68,7 @@ def predict(model: nn.Module, facts: Mapping[str, Any], cfg: DictConfig) -> list
     """
     output = _checked_output(cfg)
     question = _read(cfg, facts)
-    forecaster = Forecaster(cast(Any, model.to(_device(cfg.device))))
+    forecaster = Forecaster(cast(Any, model.to(chosen_device(cfg.device))))
     table = forecaster.predict_frame(
         question.past,
         question.future,
@@ -102,14 +102,6 @@ def _checked_output(cfg: DictConfig) -> Path:
     if not cfg.input:
         raise ConfigError("zoo predict needs series to forecast: input=FILE.")
     return path
-
-
-def _device(name: str) -> torch.device:
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        return torch.device(chosen)
-    except RuntimeError:
-        raise ConfigError(f"device={name} is not one of auto, cpu, cuda.") from None
 
 
 # ---- the table ---------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from domains.forecasting.metrics import BASELINE, LEVELS, Judged, leaderboard, s
 from domains.forecasting.pipeline.forecaster import Forecaster
 from domains.forecasting.weights import is_adapted, save_adapter
 from zoo.cli.console import console
-from zoo.registry import create_model
+from zoo.create import create_model
 from zoo.training.task import Task, new_model
 from zoo.weights.checkpoint import load_state, read_checkpoint
 

@@ -144,7 +144,7 @@ def load_folder(path: str | Path, *, base: str | Path | None = None) -> Chronos2
         CheckpointError: files missing or damaged, tensors missing, left over or of another shape.
         ConfigError: options that Chronos-2 does not have.
     """
-    from zoo.registry import from_official
+    from zoo.weights.exchange import from_official
 
     state, options = read_folder(path, base=base)
     model: Any = from_official("forecasting/chronos2", state, **options)

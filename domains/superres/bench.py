@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from domains.superres.models.catanet import CATANet
-from zoo.bench.compare import Job
+from zoo.bench.compare import Job, gradient_norm
 from zoo.bench.peer import load_peer
 from zoo.bench.suite import Case, Suite
-from zoo.registry import create_model, to_official
+from zoo.create import create_model
+from zoo.weights.exchange import to_official
 
 PEERS = {
     "catanet_x4": ("catanet", "PlainCATANet"),
@@ -71,13 +72,7 @@ def training(name: str, batch: int) -> Case:
         target = pictures((batch, 3, 4 * CROP, 4 * CROP), device)
 
         def step(network: nn.Module) -> Callable[[], Tensor]:
-            def run() -> Tensor:
-                network.zero_grad()
-                loss = (network(x) - target).abs().mean()
-                loss.backward()
-                return torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
-
-            return run
+            return lambda: gradient_norm(network, (network(x) - target).abs().mean())
 
         ours, theirs = step(model), step(peer)
         return Job(name, ours, theirs, ours, theirs)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from domains.superres.images import WRITABLE, Picture, check_format, is_picture, read_picture, write_picture
 from domains.superres.tiles import upscale
 from zoo.cli.console import console
+from zoo.devices import chosen_device
 from zoo.errors import CheckpointError, ConfigError, DataError, ZooError, did_you_mean
 
 FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
@@ -60,7 +61,7 @@ def predict(model: nn.Module, facts: Mapping[str, Any], cfg: DictConfig) -> list
             check_format(read_picture(job.source), job.target)
     if not getattr(model, "ready", True):
         console.print("These weights were never trained: the token centres are not set.", highlight=False)
-    model.to(_device(cfg.device))
+    model.to(chosen_device(cfg.device))
     written, comparisons, failed = _enlarged(model, jobs, cfg)
     if failed:
         console.print(
@@ -269,13 +270,3 @@ def _check(cfg: DictConfig, scale: int) -> None:
         raise ConfigError(f"quality={cfg.quality}: 1 to 100.")
     if cfg.overlap < 0:
         raise ConfigError(f"overlap={cfg.overlap}: at least 0.")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device={name} is not one of auto, cpu, cuda, mps.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: there is no GPU that torch can use. Set device=cpu.")
-    return torch.device(name)

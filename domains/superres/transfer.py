@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from zoo.cli.console import console
+from zoo.create import create_model
 from zoo.errors import CheckpointError
-from zoo.registry import create_model, list_models
+from zoo.registry import list_models
 from zoo.weights.checkpoint import check_fit, load_state, read_checkpoint
 
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from domains.traffic.data import Windows
 from domains.traffic.metrics import HorizonErrors
+from domains.traffic.windows import Windows
 
 
 @dataclass(frozen=True)

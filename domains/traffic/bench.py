@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from domains.traffic.losses import build_loss
 from domains.traffic.models.gman import GMAN
 from zoo.bench.compare import Job, compare, scaling
-from zoo.bench.machine import chosen_device, machine
+from zoo.bench.machine import machine
 from zoo.bench.peer import load_peer
 from zoo.bench.report import Curve, Report, Row
 from zoo.bench.timing import Call, pinned
+from zoo.create import create_model
+from zoo.devices import chosen_device
 from zoo.errors import ConfigError, did_you_mean
-from zoo.registry import create_model, model_signature, to_official
+from zoo.registry import model_signature
+from zoo.weights.exchange import to_official
 
 MEAN, STD = 60.0, 12.0
 """Scale of the made-up speeds, in mph."""
@@ -61,7 +64,7 @@ def bench(cfg: DictConfig) -> Report:
         ConfigError: the model has no peer, or an unknown variant or device is asked for.
         ZooError: the model and its peer do not compute the same.
     """
-    device = chosen_device(cfg.device)
+    device = chosen_device(cfg.device, ("cpu", "cuda"))
     variants = cfg.variants or (list(TOLERANCES) if device.type == "cuda" else ["float32"])
     for variant in variants:
         if variant not in TOLERANCES:

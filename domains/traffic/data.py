@@ -1,23 +1,17 @@
-"""Traffic data for training: a series and its graph, cut into windows of history and horizon.
-
-Letters in shapes: B samples, P history steps, Q horizon steps, N sensors, C input channels, T rows of the
-series.
-"""
+"""Traffic data for training: a series and its graph, cut into windows of history and horizon."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import shutil
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from domains.traffic.formats import read_series, write_series
 from domains.traffic.graph import (
@@ -28,230 +22,16 @@ from domains.traffic.graph import (
     read_locations,
     read_se,
 )
-from domains.traffic.series import TrafficSeries, listed, time_features, weekday
+from domains.traffic.preprocessing import Preprocessing, stand_ins
+from domains.traffic.series import TrafficSeries, listed, weekday
+from domains.traffic.windows import PARTS, Windows, history_counts, split_rows, window_starts
 from zoo.errors import ConfigError, DataError, did_you_mean
 from zoo.files import atomic_path
 from zoo.training.data import DataModule
 
 log = logging.getLogger(__name__)
 
-MISSING = ("zero", "nan", "mask")
-PARTS = ("train", "val", "test")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-
-
-# ---- from readings to inputs and targets -------------------------------------------------------------------
-
-
-@dataclass
-class Preprocessing:
-    """How readings in the units of the file become inputs and targets; stored in checkpoints.
-
-    Attributes:
-        channels: names of the input channels; the first is the target.
-        missing: `zero` writes missing readings as 0, which then enters the input like any value (the
-            published programs); `nan` writes the mean of the training data; `mask` does, too, and adds a last
-            channel that is 1 where a reading is real.
-        fill: `forward` carries the last real reading of a sensor over missing inputs; `none` does not.
-        null_value: a reading of this value is missing, as NaN always is; None when every number is real.
-        mean: of each input channel over the training windows, in the units of the file.
-        std: its population standard deviation.
-        weekdays: for each day of the week the one that stands for it, see `stand_ins`.
-    """
-
-    channels: list[str]
-    missing: str = "zero"
-    fill: str = "none"
-    null_value: float | None = 0.0
-    mean: list[float] = field(default_factory=list)
-    std: list[float] = field(default_factory=list)
-    weekdays: list[int] = field(default_factory=lambda: list(range(7)))
-
-    def __post_init__(self) -> None:
-        for name, options in (("missing", MISSING), ("fill", ("none", "forward"))):
-            value = getattr(self, name)
-            if value not in options:
-                raise ConfigError(
-                    f"data.{name}={value} is not one of {', '.join(options)}.{did_you_mean(value, options)}"
-                )
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the input, the mask included."""
-        return len(self.channels) + (self.missing == "mask")
-
-    def observed(self, values: np.ndarray) -> np.ndarray:
-        """True where `values` holds a real reading."""
-        real = ~np.isnan(values)
-        return real if self.null_value is None else real & (values != np.float32(self.null_value))
-
-    def fit(self, values: np.ndarray, weights: np.ndarray, source: str) -> None:
-        """Set mean and standard deviation of the inputs.
-
-        Args:
-            values: `[T, N, C]` in the order of `channels`.
-            weights: `[T]` how many training windows hold the row in their history.
-
-        Raises:
-            DataError: there is no real reading, or all are alike.
-        """
-        filled = self._filled(values)
-        counted = np.ones_like(filled, dtype=bool) if self.missing == "zero" else self.observed(filled)
-        for c, channel in enumerate(self.channels):
-            weight = weights[:, None] * counted[:, :, c]
-            total = weight.sum()
-            if total == 0:
-                raise DataError(f"{source}: channel {channel!r} has no readings in the training part.")
-            readings = np.where(counted[:, :, c], filled[:, :, c], 0).astype(np.float64)
-            mean = (weight * readings).sum() / total
-            std = np.sqrt((weight * np.square(readings - mean)).sum() / total)
-            if std <= 1e-6 * abs(mean):
-                raise DataError(
-                    f"{source}: every reading of channel {channel!r} in the training part is {mean:g}, so "
-                    "it cannot be scaled (standard deviation 0)."
-                )
-            self.mean.append(float(mean))
-            self.std.append(float(std))
-
-    def inputs(self, values: np.ndarray) -> Tensor:
-        """`[T, N, C]` readings to scaled inputs: float32 `[T, N]` of one channel, else `[T, N, C]`."""
-        mean, std = np.array(self.mean, dtype=np.float32), np.array(self.std, dtype=np.float32)
-        filled = self._filled(values)
-        if self.missing != "zero":
-            filled = np.where(self.observed(filled), filled, mean)
-        scaled = (filled - mean) / std
-        if self.missing == "mask":
-            real = self.observed(values[:, :, :1]).astype(np.float32)
-            scaled = np.concatenate([scaled, real], axis=2)
-        return torch.from_numpy(np.ascontiguousarray(scaled[:, :, 0] if scaled.shape[2] == 1 else scaled))
-
-    def time(self, timestamps: np.ndarray, interval_minutes: int) -> Tensor:
-        """`[T, 2]` int64: day of week (or the one that stands for it) and slot of the day."""
-        features = time_features(timestamps, interval_minutes)
-        features[:, 0] = np.asarray(self.weekdays)[features[:, 0]]
-        return torch.from_numpy(features)
-
-    def _filled(self, values: np.ndarray) -> np.ndarray:
-        if self.fill == "forward":
-            rows = np.arange(len(values))[:, None, None]
-            last = np.maximum.accumulate(np.where(self.observed(values), rows, 0), axis=0)
-            values = np.take_along_axis(values, last, axis=0)
-        return np.nan_to_num(values) if self.missing == "zero" else values
-
-
-def stand_ins(seen: Collection[int]) -> list[int]:
-    """For each day of the week (Monday = 0) the latest `seen` one up to it, of its kind (working day or
-    weekend) if there is any: what a model was never trained on would mean nothing to it."""
-
-    def apart(day: int, other: int) -> tuple[bool, int]:
-        return (day > 4) != (other > 4), (day - other) % 7
-
-    return [min(seen, key=lambda other, day=day: apart(day, other)) for day in range(7)]
-
-
-# ---- from rows to windows ----------------------------------------------------------------------------------
-
-
-def split_rows(
-    num_rows: int, history: int, horizon: int, split: Sequence[float], windows: str
-) -> dict[str, tuple[int, int]]:
-    """Row ranges of the three parts; the windows of a part are all those inside its range.
-
-    Args:
-        split: shares of train, val and test, in any unit (`0.7, 0.1, 0.2` or `34, 5, 5` days).
-        windows: `inside` divides the rows first, so that no window crosses a border (GMAN): train is the
-            first `round(0.7 T)` rows, test the last `round(0.2 T)`. `across` divides the list of all windows
-            in the same way (DCRNN, Graph WaveNet, BasicTS), so that windows look back over the border.
-
-    Raises:
-        ConfigError: not three shares, or another word for `windows`.
-    """
-    if len(split) != 3 or min(split) <= 0:
-        raise ConfigError(
-            f"data.split={list(split)}: three positive shares for train, val and test are expected."
-        )
-    if windows not in ("inside", "across"):
-        raise ConfigError(f"data.split_windows={windows} is not one of inside, across.")
-    overlap = 0 if windows == "inside" else history + horizon - 1
-    count = num_rows - overlap
-    train, test = round(split[0] / sum(split) * count), round(split[2] / sum(split) * count)
-    borders = (0, train, count - test, count)
-    return {part: (borders[i], borders[i + 1] + overlap) for i, part in enumerate(PARTS)}
-
-
-def window_starts(rows: tuple[int, int], length: int, jumps: np.ndarray) -> np.ndarray:
-    """First rows of the windows of `length` inside a range of rows that hold no jump of the clock."""
-    starts = np.arange(rows[0], rows[1] - length + 1)
-    jumps_before = np.searchsorted(jumps, [starts, starts + length - 1], side="right")
-    return starts[jumps_before[0] == jumps_before[1]]
-
-
-def history_counts(starts: np.ndarray, history: int, num_rows: int) -> np.ndarray:
-    """`[T]`: in how many windows each row is part of the history."""
-    change = (
-        np.bincount(starts, minlength=num_rows + 1)
-        - np.bincount(starts + history, minlength=num_rows + 1)[: num_rows + 1]
-    )
-    return change.cumsum()[:num_rows]
-
-
-class Windows(Dataset):
-    """Windows as views on the tensors of a series; a batch is one gather from each.
-
-    Args:
-        inputs: `[T, N]` or `[T, N, C]` scaled.
-        targets: `[T, N]` in the units of the file, 0 where missing.
-        observed: `[T, N]` True where the target is real.
-        time: `[T, 2]` day of week and slot of day.
-        starts: `[S]` first row of each window.
-    """
-
-    def __init__(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        observed: Tensor,
-        time: Tensor,
-        starts: Tensor,
-        history: int,
-        horizon: int,
-    ) -> None:
-        self.inputs, self.targets, self.observed, self.time, self.starts = (
-            inputs,
-            targets,
-            observed,
-            time,
-            starts,
-        )
-        self.history, self.horizon = history, horizon
-        self._steps = torch.arange(history + horizon)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        start = int(self.starts[index])
-        now, end = start + self.history, start + self.history + self.horizon
-        return {
-            "x": self.inputs[start:now],
-            "y": self.targets[now:end],
-            "y_mask": self.observed[now:end],
-            "time": self.time[start:end],
-        }
-
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The batch of these windows: x `[B, P, N(, C)]`, y and y_mask `[B, Q, N]`, time `[B, P+Q, 2]`."""
-        rows = self.starts[torch.as_tensor(indices)][:, None] + self._steps
-        past, future = rows[:, : self.history], rows[:, self.history :]
-        return {
-            "x": self.inputs[past],
-            "y": self.targets[future],
-            "y_mask": self.observed[future],
-            "time": self.time[rows],
-        }
-
-
-# ---- the data module ---------------------------------------------------------------------------------------
 
 
 class TrafficData(DataModule):

@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import nn
 
-from domains.traffic.data import Preprocessing
 from domains.traffic.formats import read_series
 from domains.traffic.metrics import HorizonErrors
 from domains.traffic.plots import forecast_plot, quantity, sensor_map, unit
+from domains.traffic.preprocessing import Preprocessing
 from domains.traffic.series import TrafficSeries, listed
 from zoo.cli.console import console
 from zoo.errors import ConfigError, DataError, did_you_mean

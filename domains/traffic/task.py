@@ -13,12 +13,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from domains.traffic.baselines import Baseline, LastValue, Ridge, TimeOfDayMean, baseline_errors
-from domains.traffic.data import Preprocessing, TrafficData
+from domains.traffic.data import TrafficData
 from domains.traffic.losses import build_loss
 from domains.traffic.metrics import NAMES, HorizonErrors
+from domains.traffic.preprocessing import Preprocessing
 from zoo.cli.console import console
+from zoo.create import create_model
 from zoo.errors import CheckpointError
-from zoo.registry import create_model
 from zoo.training.optim import period
 from zoo.training.task import Task, checked, new_model
 from zoo.weights.checkpoint import read_checkpoint

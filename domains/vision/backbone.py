@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ConfigError, DataError
 from zoo.layers.pool import POOLS, AttentivePool, create_pool
-from zoo.registry import in_own_names
+from zoo.weights.exchange import in_own_names
 
 IMAGENET: dict[str, Any] = {
     "url": "",

@@ -13,7 +13,8 @@ from zoo.bench.compare import Job
 from zoo.bench.peer import load_peer
 from zoo.bench.suite import Case, Growth, Suite
 from zoo.bench.timing import Call
-from zoo.registry import create_model, to_official
+from zoo.create import create_model
+from zoo.weights.exchange import to_official
 
 PEERS = {
     "biformer_tiny": ("biformer", "PlainBiFormer"),

@@ -15,7 +15,7 @@ from rich.table import Table
 from zoo import plots
 from zoo.bench.growth import COLOURS, MEANING, Line, draw_growth, in_words, late_slopes, legend, markdown
 from zoo.bench.report import MIB, Curve
-from zoo.files import atomic_path, atomic_write
+from zoo.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,23 +146,15 @@ STYLE: dict[Any, Any] = plots.STYLE | plots.GRID | {"axes.titlesize": 10, "axes.
 
 def draw(comparison: Comparison, path: Path) -> None:
     """Accuracy as dots, time and memory of one layer over tokens as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE), atomic_path(path) as temporary:
-        figure, axes = plt.subplots(
-            1, 3, figsize=(14, 5.4), width_ratios=(1, 1.15, 1.15), layout="constrained"
-        )
+    ratios = (1, 1.15, 1.15)
+    with plots.canvas(path, (14, 5.4), STYLE, colours=64, ncols=3, width_ratios=ratios) as (figure, found):
+        axes = found[0]
         _draw_accuracy(axes[0], comparison)
         lines = [Line(entry.name, entry.sees, entry.curve) for entry in comparison.entries if entry.curve]
         title = "Forward and backward of one layer, ms"
         draw_growth(axes[1], lines, "seconds", 1e-3, title, square=True)
         draw_growth(axes[2], lines, "bytes", MIB, "Peak memory, MiB", square=True)
         legend(figure, {entry.sees for entry in comparison.entries})
-        figure.savefig(temporary, dpi=150, format="png")
-        plt.close(figure)
 
 
 def _draw_accuracy(ax: Axes, comparison: Comparison) -> None:

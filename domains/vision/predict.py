@@ -18,6 +18,7 @@ from domains.vision.images import Picture, is_image, read_image
 from domains.vision.plots import contact_sheet
 from domains.vision.preprocess import Preprocessing
 from zoo.cli.console import console
+from zoo.devices import chosen_device
 from zoo.errors import ConfigError, DataError, did_you_mean
 from zoo.files import atomic_path, find_files
 from zoo.plots import GREEN, GREY, VERMILION
@@ -159,7 +160,7 @@ def _classified(
     model: nn.Module, preprocessing: Preprocessing, files: Sequence[Path], cfg: DictConfig
 ) -> tuple[list[int], np.ndarray, list[str]]:
     """Places of the files that could be read, their probabilities `[n, K]`, and why others could not."""
-    device = _device(cfg.device)
+    device = chosen_device(cfg.device)
     model.to(device)
     rows: list[int] = []
     parts: list[np.ndarray] = []
@@ -179,16 +180,6 @@ def _batches(files: _Files, cfg: DictConfig) -> Iterator[list[tuple[int, Tensor 
         raise ConfigError(f"batch_size={cfg.batch_size} and topk={cfg.topk} must be at least 1.")
     loader = DataLoader(files, cfg.batch_size, num_workers=cfg.num_workers, collate_fn=list)
     yield from track(loader, "Classifying", console=console, transient=True)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device={name} is not one of auto, cpu, cuda, mps.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: there is no GPU that torch can use. Set device=cpu.")
-    return torch.device(name)
 
 
 def _checked_output(cfg: DictConfig) -> Path:

@@ -18,10 +18,12 @@ from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
 from domains.vision.backbone import Backbone
-from zoo import registry
+from zoo.create import create_model
 from zoo.errors import CheckpointError
+from zoo.registry import list_models, model_card, model_class
 from zoo.weights.cards import weight_card
 from zoo.weights.download import fetch
+from zoo.weights.exchange import load_weights
 
 default_cfgs: dict[str, Any] = {}
 """Where timm's `register_model` looks for the preprocessing of each model."""
@@ -29,7 +31,7 @@ default_cfgs: dict[str, Any] = {}
 
 def register() -> None:
     """Enter every vision model of the zoo under `zoo_NAME`, and under NAME where timm has none."""
-    for name in registry.list_models("vision/*"):
+    for name in list_models("vision/*"):
         names = [f"zoo_{name}"] if timm.is_model(name) else [f"zoo_{name}", name]
         for alias in names:
             default_cfgs.update(generate_default_cfgs(_cfgs(name, alias)))
@@ -38,11 +40,11 @@ def register() -> None:
 
 def _cfgs(name: str, alias: str) -> dict[str, Any]:
     """`pretrained_cfg` for each published checkpoint; the card `NAME_TAG` gives the tag."""
-    model = registry.model_class(name)
+    model = model_class(name)
     assert isinstance(model, type)
     assert issubclass(model, Backbone)
     cfg = model.published_cfg()
-    cards = [weight_card(weights) for weights in registry.model_card(name, count=False).weights]
+    cards = [weight_card(weights) for weights in model_card(name, count=False).weights]
     return {
         f"{alias}.{card.name.removeprefix(f'{name}_')}": cfg | {"url": card.address} for card in cards
     } or {alias: cfg}
@@ -69,15 +71,15 @@ def _entrypoint(name: str, alias: str) -> Callable[..., nn.Module]:
         )
 
     entrypoint.__name__ = alias
-    entrypoint.__doc__ = registry.model_card(name, count=False).summary
+    entrypoint.__doc__ = model_card(name, count=False).summary
     return entrypoint
 
 
 def _build(name: str, cfg: PretrainedCfg | None, **kwargs: Any) -> nn.Module:
     """The model, with the weights that `cfg` names."""
-    model = registry.create_model(f"vision/{name}", **kwargs)
+    model = create_model(f"vision/{name}", **kwargs)
     if cfg is not None:
-        registry.load_weights(model, _source(name, cfg))
+        load_weights(model, _source(name, cfg))
     return model
 
 

@@ -8,9 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from zoo.config import compose
+from zoo.create import create_model
 from zoo.errors import ConfigError
 from zoo.paths import config_dir
-from zoo.registry import create_model, get_domain, model_signature
+from zoo.registry import get_domain, model_signature
 
 MODELS = sorted(f.stem for f in (config_dir() / "model").glob("*.yaml"))
 _FOLDER = config_dir() / "domain"
@@ -102,6 +103,9 @@ def test_a_verb_that_starts_from_nothing_asks_for_the_domain(verb: str) -> None:
         ("domain=trafic", "traffic"),
         ("model=gmna", "gman"),
         ("domain=vision model=biformer_tinny", "biformer_tiny"),
+        ("model=gmna", "Options: gman, gman_metr_la, gman_paper, gman_port, gman_small, st_link"),
+        ("model=biformer_tiny", "domain=vision, not traffic"),
+        ("domain=forecasting model=migaa", "miga"),
         ("domain=vision data.augment.mixp=0.1", "data.augment.mixup"),
         ("data=metr_al", "metr_la"),
         ("trainer.max_epoch=3", "trainer.max_epochs"),

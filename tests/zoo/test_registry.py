@@ -11,24 +11,23 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from zoo import registry
+from zoo import create, registry
+from zoo.create import create_model
 from zoo.errors import CheckpointError, ConfigError, UnknownName
 from zoo.registry import (
     Domain,
     argument_docs,
     count_flops,
-    create_model,
-    from_official,
     get_domain,
     list_domains,
     list_models,
     model_card,
     model_signature,
     register_model,
-    to_official,
 )
 from zoo.weights import cards
 from zoo.weights.checkpoint import save_model, save_state_dict
+from zoo.weights.exchange import from_official, to_official
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -265,7 +264,7 @@ class TestWeights:
     ) -> None:
         tensors = {"start": torch.full((3, 3), 7.0)}
         monkeypatch.setattr(
-            registry, "load_object", lambda _: lambda state, model: {"layers.0.weight": state["start"]}
+            create, "load_object", lambda _: lambda state, model: {"layers.0.weight": state["start"]}
         )
         _publish(monkeypatch, tmp_path, tensors, converter="some.module:start")
         model = create_model("toy_net", pretrained=True, width=3)
@@ -289,7 +288,7 @@ def _publish(monkeypatch: pytest.MonkeyPatch, folder: Path, tensors: dict, **fac
     card = dataclasses.replace(card, **facts)
     card.path.parent.mkdir(parents=True)
     save_state_dict(tensors, card.path)
-    monkeypatch.setattr(registry, "weight_card", {"toy_weights": card}.__getitem__)
+    monkeypatch.setattr(create, "weight_card", {"toy_weights": card}.__getitem__)
     entry = registry._MODELS["toy_net"]
     listed = dataclasses.replace(entry.card, weights=("toy_weights",))
     registry._MODELS["toy_net"] = dataclasses.replace(entry, card=listed)

@@ -12,7 +12,7 @@ from zoo.attention.heads import expand
 from zoo.attention.kernels import TopKSoftmax, softmax
 from zoo.attention.merge import merge, sink
 from zoo.attention.neighbourhood import Neighbourhood, ShiftedWindows
-from zoo.attention.packed import Groups, Neighbours, OrderedGroups
+from zoo.attention.packed import Groups, Neighbours, OrderedGroups, ShiftedGroups
 from zoo.attention.patterns import Causal, Dense, EqualGroups, Padding, Pattern, Window
 from zoo.attention.rotary import plane_rotary, rotary, rotary_tables
 from zoo.attention.scan import scan
@@ -34,6 +34,7 @@ __all__ = [
     "Padding",
     "Pattern",
     "SampledMap",
+    "ShiftedGroups",
     "ShiftedWindows",
     "SourceAndTarget",
     "TopKSoftmax",

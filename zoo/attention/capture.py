@@ -131,7 +131,7 @@ class _Recorder:
     def run(self, p: Problem, name: str) -> tuple[Tensor, Tensor]:
         """Computes the call with explicit weights, and keeps its map."""
         pairs = explicit_tiles(p)
-        output, lse = join(p, [result for _, result in pairs])
+        output, lse = join(p, [(result.out, result.lse) for _, result in pairs])
         tiles = []
         for tile, result in pairs:
             if self.grad and result.weights.requires_grad:

@@ -2,7 +2,8 @@
 
 A kernel maps float32 (or float64) scores `(B, H, Nq, Nk)`, with -inf where a query may not look, to the pair
 `(weights, lse)`: weights of the same shape, and the log-sum-exp `(B, H, Nq)` of the scores that it kept. A
-row without any visible key has zero weights and lse = -inf, and passes back zero gradients.
+row without any visible key has zero weights and lse = -inf, and passes back zero gradients. Rows are computed
+apart from each other: a kernel that has to know which they are says so by an attribute `placed = True`.
 """
 
 from __future__ import annotations

@@ -125,6 +125,7 @@ class Grid(Packed):
     """
 
     name = "a grid"
+    by_index = False
 
     def __init__(self, axes: Sequence[Axis], device: torch.device | str | None) -> None:
         self.axes = tuple(axes)

@@ -88,6 +88,7 @@ class Groups(Packed):
     """
 
     name = "groups"
+    ordered = True
 
     def __init__(self, ids: Tensor) -> None:
         if ids.ndim not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -137,6 +138,7 @@ class OrderedGroups(Packed):
     """
 
     name = "ordered groups"
+    ordered = True
     batch = None
 
     def __init__(self, order: Tensor, size: int) -> None:
@@ -146,7 +148,8 @@ class OrderedGroups(Packed):
             raise AttentionError(f"a group has at least one member, not {size}")
         self.order, self.size, self.tokens = order, size, len(order)
         missing = -self.tokens % size
-        rows = F.pad(order, (0, missing), value=-1).view(-1, size)
+        rows = F.pad(order, (0, missing), value=self.tokens).view(-1, size).sort(-1).values
+        rows = rows.masked_fill(rows == self.tokens, -1)
         self.plan = [Bucket(rows, rows, bool(missing))]
 
     def rule(self, nq: int, nk: int) -> Rule:
@@ -158,6 +161,46 @@ class OrderedGroups(Packed):
 
     def __repr__(self) -> str:
         return f"OrderedGroups({self.tokens}, size={self.size})"
+
+
+class ShiftedGroups(Packed):
+    """Consecutive tokens in groups of `size`, the first of which has but `shift`; a query sees its own group.
+
+    Args:
+        tokens: N; the last group has what is left.
+        size, shift: `0 <= shift < size`.
+        device: as that of the queries.
+    """
+
+    name = "shifted groups"
+    ordered = True
+    batch = None
+
+    def __init__(self, tokens: int, size: int, shift: int, device: torch.device | str | None = None) -> None:
+        if tokens < 1 or not 0 <= shift < size:
+            raise AttentionError(
+                f"groups of {size} tokens are shifted by 0 .. {size - 1}, and hold a token at least: not "
+                f"{tokens} tokens shifted by {shift}"
+            )
+        self.tokens, self.size, self.shift = tokens, size, shift
+        place = torch.arange(tokens, device=device)
+        end = shift + max(tokens - shift, 0) // size * size
+        ends = [part for part in (place[:shift], place[end:]) if len(part)]
+        tables = [place[shift:end].view(-1, size)] if end > shift else []
+        if ends:
+            width = max(len(part) for part in ends)
+            tables.append(torch.stack([F.pad(part, (0, width - len(part)), value=-1) for part in ends]))
+        self.plan = [Bucket(table, table, ragged=True) for table in tables]
+
+    def rule(self, nq: int, nk: int) -> Rule:
+        size, shift = self.size, self.shift
+        return lambda b, h, i, j: (i - shift) // size == (j - shift) // size
+
+    def to(self, device: torch.device | str) -> ShiftedGroups:
+        return ShiftedGroups(self.tokens, self.size, self.shift, device)
+
+    def __repr__(self) -> str:
+        return f"ShiftedGroups({self.tokens}, {self.size}, {self.shift})"
 
 
 class Neighbours(Packed):

@@ -55,6 +55,10 @@ class Pattern:
     """Every query sees every key; subclasses narrow that. `a & b` sees what both see."""
 
     tiled = False
+    ordered = False
+    """In its tiles, queries and keys are the same tokens in their order, places without a token last."""
+    by_index = True
+    """`tile_mask` reads the index of a tile and nothing else of it: any of its rows are a tile as well."""
 
     def check(self, batch: int, nq: int, nk: int, device: torch.device) -> None:
         """Raises `AttentionError` where the pattern does not fit tensors of these sizes."""
@@ -91,6 +95,10 @@ class Pattern:
         allowed = tile.index.allowed(rule)
         return allowed if present is None else allowed & present
 
+    def causal_tiles(self, nq: int, nk: int) -> bool:
+        """Whether a query of a tile sees its keys up to its own place in it: what kernels do without mask."""
+        return False
+
     def to(self, device: torch.device | str) -> Pattern:
         """The same pattern with its tensors on `device`."""
         return self
@@ -116,6 +124,9 @@ class Causal(Pattern):
         if nq == 1:
             return None
         return lambda b, h, i, j: j <= i + (nk - nq)
+
+    def causal_tiles(self, nq: int, nk: int) -> bool:
+        return nq == nk
 
     def __repr__(self) -> str:
         return "Causal()"
@@ -170,6 +181,7 @@ class Window(Pattern):
     """
 
     tiled = True
+    by_index = False
 
     def __init__(self, size: int, *, causal: bool = False) -> None:
         if size < 1 or not (causal or size % 2):
@@ -234,7 +246,7 @@ class Window(Pattern):
 class EqualGroups(Pattern):
     """Consecutive tokens in groups of `size`; a query sees its own group. A reshape."""
 
-    tiled = True
+    tiled = ordered = True
 
     def __init__(self, size: int) -> None:
         if size < 1:
@@ -274,7 +286,7 @@ class Both(Pattern):
 
     def __init__(self, first: Pattern, second: Pattern) -> None:
         self.leader, self.other = (first, second) if first.tiled or not second.tiled else (second, first)
-        self.tiled = self.leader.tiled
+        self.tiled, self.by_index = self.leader.tiled, self.leader.by_index
 
     def check(self, batch: int, nq: int, nk: int, device: torch.device) -> None:
         self.leader.check(batch, nq, nk, device)
@@ -297,6 +309,9 @@ class Both(Pattern):
 
     def join(self, parts: list[Tensor], batch: int, nq: int) -> Tensor:
         return self.leader.join(parts, batch, nq)
+
+    def causal_tiles(self, nq: int, nk: int) -> bool:
+        return self.leader.ordered and isinstance(self.other, Causal) and nq == nk
 
     def to(self, device: torch.device | str) -> Both:
         return Both(self.leader.to(device), self.other.to(device))

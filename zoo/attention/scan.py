@@ -9,7 +9,8 @@ pairs of tokens at once, from chunk to chunk the state; time and memory are line
 chunk of N tokens. The delta rule inside a chunk is a triangular system (Yang et al. 2024, DeltaNet, section
 3.2). With a decay per channel, a pair of tokens meets at a place between them: what the query has
 lost since, times what the key loses up to it (Yang et al. 2024, GLA, section 4). A chunk is cut into runs of
-few tokens: those of one run meet in its middle, those of two in the middle of the later run.
+few tokens: those of one run meet in its middle, those of two in the middle of the later run. On a CPU, where
+decays are mild, all of a chunk meet in its middle.
 
 Shapes: B batch, H heads, N tokens, D key width, V value width; in chunks T chunks of C tokens.
 """
@@ -27,9 +28,10 @@ from zoo.attention.errors import AttentionError
 
 Form = Literal["parallel", "chunk", "step"]
 CHUNK = 32  # tokens; the triangular system of the delta rule costs more with longer ones
-_PART = 2**18  # elements of the keys that are worked on together where no gradients are kept
+_PART = 2**19  # elements of the keys that are worked on together where no gradients are kept
 _RUN = 8  # tokens among which the factors of a decay per channel stay finite
 _LOWEST = {torch.float32: -18.0, torch.float64: -170.0}  # log decays per channel below it count as this
+_MILD = {torch.float32: -40.0, torch.float64: -340.0}  # with more left of half a chunk, it needs no runs
 
 
 class _Recurrence(NamedTuple):
@@ -180,7 +182,8 @@ def _chunkwise(p: _Recurrence, size: int) -> tuple[Tensor, Tensor]:
     decay, value_decay, rates = (
         None if x is None else _cut(x, size) for x in (p.decay, p.value_decay, p.beta)
     )
-    pairs, readers, writers, carry = _decayed([q] if rates is None else [q, k], k, decay)
+    pairs, readers, writers, carry, entry = _decayed([q] if rates is None else [q, k], k, decay)
+    start = p.state if entry is None else p.state * entry
     if p.starts is not None:
         document = _cut(p.starts.long(), size).cumsum(-2)  # 0 = that of the chunk before
         last = document[..., -1:, :]
@@ -192,11 +195,11 @@ def _chunkwise(p: _Recurrence, size: int) -> tuple[Tensor, Tensor]:
     if value_decay is not None:
         within, entering, leaving, kept = _decayed_values(pairs[0], v, value_decay)
         carry = kept if carry is None else carry * kept
-        before, state = _carried(p.state, readers, writers, leaving, carry)
+        before, state = _carried(start, readers, writers, leaving, carry)
         out = torch.addcmul(within, before, entering).mul_(p.scale)
     else:
         corrections = None if rates is None else _inverse(pairs[1] * rates) * rates.mT
-        out, state = _carried(p.state, readers, writers, v, carry, pairs[0], corrections, p.scale)
+        out, state = _carried(start, readers, writers, v, carry, pairs[0], corrections, p.scale)
     return out.flatten(2, 3)[:, :, :tokens], state
 
 
@@ -235,33 +238,66 @@ def _carried(
         out = torch.bmm(reader, state)
         if correction is not None:
             u = torch.bmm(correction, torch.baddbmm(u, eraser, state, alpha=-1))
-        outs.append(out if pair is None else torch.baddbmm(out, pair, u, beta=scale, alpha=scale))
+        outs.append(out if pair is None else out.baddbmm_(pair, u, beta=scale, alpha=scale))
         update = torch.bmm(writer.mT, u)
-        state = state + update if kept is None else torch.addcmul(update, kept, state)
+        state = update.add_(state) if kept is None else update.addcmul_(kept, state)
     return torch.stack(outs, dim=1).unflatten(0, sizes), state.unflatten(0, sizes)
 
 
 def _decayed(
     queries: list[Tensor], k: Tensor, g: Tensor | None
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
-    """What the queries and keys `(..., C, D)` of a chunk are to each other and to the states.
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None, Tensor | None]:
+    """What the queries and keys `(B, H, T, C, D)` of chunks are to each other and to the states.
 
     Returns:
-        For each of the queries, pairs `(..., C, C)`: `sum_d q_id k_jd exp(c_id - c_jd)` for j <= i, c the sum
-        of g, else 0; the queries as readers of the state before the chunk; keys as writers of the state after
-        it; what that keeps of the state before, `(..., D or 1, 1)`.
+        For each of the queries, pairs `(B, H, T, C, C)`: `sum_d q_id k_jd exp(c_id - c_jd)` for j <= i, c the
+        sum of g; else 0 for the first of the queries, and finite for the others. The queries as readers of
+        the state before the chunk; keys as writers of the state after it; what that keeps of the state
+        before, `(B, H, T, D or 1, 1)`; what the first chunk reads of the first state, `(B, H, D, 1)`.
     """
+    if g is None or g.shape[-1] == 1:
+        k = k.contiguous()  # else each product would make its own copy
     if g is None:
-        return [(q @ k.mT).tril() for q in queries], queries, k, None
+        return _lower([q @ k.mT for q in queries]), queries, k, None, None
     if g.shape[-1] == 1:
         # Sums of each stretch by itself (Dao and Gu 2024, Mamba-2): differences of long sums lose digits.
         kept = g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2).exp()
         entering = g.cumsum(-2).exp()
-        pairs = [((q @ k.mT) * kept).tril() for q in queries]
-        return pairs, [q * entering for q in queries], k * kept[..., -1:, :].mT, entering[..., -1:, :]
+        pairs = _lower([(q @ k.mT) * kept for q in queries])
+        readers, writers = [q * entering for q in queries], k * kept[..., -1:, :].mT
+        return pairs, readers, writers, entering[..., -1:, :], None
+    if _is_mild(g):
+        # States are those at the middles: a chunk writes to that of the next, the last one to the end.
+        after, keys, middle, rest = _from_middle(k, g)
+        readers = [q * after for q in queries]
+        kept = (rest + F.pad(middle[:, :, 1:], (0, 0, 0, 0, 0, 1))).exp_()
+        pairs = _lower([q @ keys.mT for q in readers])
+        return pairs, readers, keys * kept, kept.mT, middle[:, :, 0].exp().mT
     runs = _runs(k, g)
     pairs, readers = zip(*(_met(q, runs) for q in queries), strict=True)
-    return [*pairs], [*readers], runs.leaving, runs.total.mT
+    return [*pairs], [*readers], runs.leaving, runs.total.mT, None
+
+
+def _lower(pairs: list[Tensor]) -> list[Tensor]:
+    """Without what is ahead, in the first; the system of the delta rule does not read that of the second."""
+    return [pairs[0].tril(), *pairs[1:]]
+
+
+def _is_mild(g: Tensor) -> bool:
+    """Whether the factors of log decays `(..., C, D)` stay finite over each half of the chunks."""
+    if g.device.type != "cpu" or torch.compiler.is_compiling():
+        return False  # to look at them would wait for the device, or break the graph
+    halves = g.detach().unflatten(-2, (2, -1)).sum(-2)
+    return bool(halves.amin() > _MILD[g.dtype])
+
+
+def _from_middle(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of writers x and log decays g `(..., C, D)`: the decay since the middle (before it, the inverse); the
+    writers times their decay up to it; the log decays `(..., 1, D)` before and after it."""
+    c = g.cumsum(-2)
+    middle = c[..., g.shape[-2] // 2 - 1, None, :]
+    after = (c - middle).exp_()
+    return after, x / after, middle, c[..., -1:, :] - middle
 
 
 class _Runs(NamedTuple):
@@ -318,6 +354,10 @@ def _decayed_values(weights: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tens
     `sum_j w_ij v_jm exp(c_im - c_jm)`; the decay since the chunk began; values as they leave it; the decay
     over it `(..., 1, V)`.
     """
+    if _is_mild(g):
+        after, values, middle, rest = _from_middle(v, g)
+        out, leaving = (weights @ values) * after, values * rest.exp()
+        return out, after * middle.exp(), leaving, (middle + rest).exp()
     runs = _runs(v, g)
     rows = weights.unflatten(-2, (-1, _RUN))  # (..., n, _RUN, C)
     within = rows.unflatten(-1, (-1, _RUN)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3) @ runs.writers

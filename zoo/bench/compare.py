@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.bench.memory import peak_memory
 from zoo.bench.report import Curve, Point, Row
@@ -47,6 +47,13 @@ def relative_difference(ours: Tensor, peer: Tensor) -> float:
     """Largest absolute difference over the largest magnitude of `peer`; NaN anywhere gives NaN."""
     ours, peer = ours.detach(), peer.detach()
     return float((ours - peer).abs().max() / peer.abs().max())
+
+
+def gradient_norm(network: nn.Module, loss: Tensor) -> Tensor:
+    """Backward of the loss; the norm of all gradients, by which training steps are compared."""
+    network.zero_grad()
+    loss.backward()
+    return torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
 
 
 def scaling(

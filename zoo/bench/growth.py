@@ -27,6 +27,8 @@ MEANING = {
     "some": "a few tokens, or means of them",
     "sums": "sums over all tokens",
 }
+KNOWN = "multihead"
+"""The layer that names a group which it is in."""
 LINES = ("-", "--", "-.", ":")
 
 
@@ -100,7 +102,8 @@ def draw_growth(ax: Axes, lines: Sequence[Line], of: str, unit: float, title: st
 
 def _label(ax: Axes, ends: list[tuple[str, str, float, float]], sizes: list[int]) -> None:
     """Names at the right of the lines, apart from each other, with a hair to where the line ends; beside it,
-    those that end near each other as one, where that is earlier."""
+    those that end near each other as one, where that is earlier. Where the names would fill the right side,
+    those are one there, too."""
     low, high = ax.get_ylim()
     lines = max(24, 6 * ax.bbox.height / ax.figure.dpi)  # that stand above each other
     ratio = (high / low) ** (1 / lines)
@@ -108,6 +111,8 @@ def _label(ax: Axes, ends: list[tuple[str, str, float, float]], sizes: list[int]
         text = ax.text(x * 1.15, y, name, color=colour, va="center", fontsize=8)
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8})
     last = sorted((end for end in ends if end[2] == sizes[-1]), key=lambda end: end[3])
+    if len(last) > lines:
+        last = _joined(last, ratio)
     right = sizes[-1] * 1.7
     for (name, colour, x, y), place in zip(last, _apart([end[3] for end in last], high, ratio), strict=True):
         ax.plot([x, right * 0.97], [y, place], color=colour, linewidth=0.5, alpha=0.6, clip_on=False)
@@ -139,7 +144,7 @@ def _joined(ends: list[tuple[str, str, float, float]], ratio: float) -> list[tup
     for group in groups:
         colours = [end[1] for end in group]
         most = [end for end in group if end[1] == max(colours, key=colours.count)]
-        name, colour, x, y = most[len(most) // 2]
+        name, colour, x, y = next((end for end in group if end[0] == KNOWN), most[len(most) // 2])
         others = [other for other, *_ in group if other != name]
         several = f"{name} and {len(others)} others" if len(others) > 1 else " and ".join([name, *others])
         found.append((several, colour, x, y))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import zoo
-from zoo.errors import ConfigError
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -38,18 +37,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def chosen_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, or with `auto` a GPU where there is one.
-
-    Raises:
-        ConfigError: another name, or no GPU.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name} is not known. Options: auto, cpu, cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch finds no GPU here. Options: auto, cpu.")
-    return torch.device(name)

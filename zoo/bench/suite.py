@@ -14,9 +14,10 @@ from omegaconf import DictConfig
 from rich.console import RenderableType
 
 from zoo.bench.compare import Job, compare, scaling
-from zoo.bench.machine import chosen_device, machine
+from zoo.bench.machine import machine
 from zoo.bench.report import Report, Row
 from zoo.bench.timing import Call, pinned
+from zoo.devices import chosen_device
 from zoo.errors import ConfigError, UnknownName, did_you_mean
 from zoo.registry import load_object
 
@@ -112,7 +113,7 @@ def run_suite(cfg: DictConfig) -> Result:
     if cfg.suite not in SUITES:
         hint = did_you_mean(cfg.suite, SUITES)
         raise ConfigError(f"There is no suite {cfg.suite!r}.{hint} Suites: {', '.join(SUITES)}.")
-    device = chosen_device(cfg.device)
+    device = chosen_device(cfg.device, ("cpu", "cuda"))
     found: Suite | Callable[[DictConfig, torch.device], Result] = load_object(SUITES[cfg.suite])
     with pinned(cfg.threads):
         torch.manual_seed(cfg.seed)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from zoo.bench.suite import SUITES, output_path, run_suite
-from zoo.cli.console import console
+from zoo.cli.console import console, show_config
 from zoo.config import compose
 from zoo.registry import Domain, get_domain
 
@@ -46,7 +46,7 @@ def bench(
     of_suite = any(text.startswith("suite=") for text in overrides)
     config = compose("suite" if of_suite else "bench", overrides)
     if cfg:
-        console.print(OmegaConf.to_yaml(config), highlight=False)
+        show_config(config)
         return
     report = run_suite(config) if of_suite else _domain(config).load("bench")(config)
     console.print(report)

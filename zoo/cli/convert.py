@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 from omegaconf import OmegaConf
 
-from zoo.cli.console import console
+from zoo.cli.console import show_config
 from zoo.cli.train import Overrides, ShowConfig
 from zoo.config import compose
 from zoo.errors import ConfigError
@@ -45,7 +45,7 @@ def convert(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
     config = compose("convert", [text for text in given if not text.startswith(("to=", "to."))])
     config.to = OmegaConf.from_dotlist([*named, *options])
     if cfg:
-        console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
+        show_config(config)
         return
     from zoo.training import convert
 

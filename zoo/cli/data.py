@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from omegaconf import OmegaConf
 from rich.table import Table
 
-from zoo.cli.console import console
-from zoo.errors import ConfigError
+from zoo.cli.console import console, parsed_options
 from zoo.registry import get_domain
 
 data_app = typer.Typer(no_args_is_help=True)
@@ -71,7 +69,7 @@ def info(file: Path, options: Options = None, domain: DomainName = "traffic") ->
 
       zoo data info flow.npz start=2018-01-01 interval_minutes=5
     """
-    facts, statistics = get_domain(domain).load("data").describe(file, **_parse(options))
+    facts, statistics = get_domain(domain).load("data").describe(file, **parsed_options(options, "key=speed"))
     summary = Table(show_header=False, box=None)
     for name, value in facts.items():
         summary.add_row(name, value)
@@ -92,7 +90,7 @@ def convert(source: Path, target: Path, options: Options = None, domain: DomainN
 
       zoo data convert readings.csv readings.h5 gaps=fill
     """
-    get_domain(domain).load("data").convert(source, target, **_parse(options))
+    get_domain(domain).load("data").convert(source, target, **parsed_options(options, "key=speed"))
     console.print(str(target), soft_wrap=True, highlight=False)
 
 
@@ -108,15 +106,7 @@ def degrade(source: Path, target: Path, options: Options = None, domain: DomainN
 
       zoo data degrade photo.png small scale=4
     """
-    for path in get_domain(domain).load("data").degrade(source, target, **_parse(options)):
+    for path in (
+        get_domain(domain).load("data").degrade(source, target, **parsed_options(options, "key=speed"))
+    ):
         console.print(str(path), soft_wrap=True, highlight=False)
-
-
-def _parse(options: list[str] | None) -> dict[str, Any]:
-    """`["key=speed", "header=true"]` to keyword arguments."""
-    for option in options or []:
-        if "=" not in option:
-            raise ConfigError(f"Cannot read the option {option!r}. Write name=value, for example key=speed.")
-    parsed = OmegaConf.to_container(OmegaConf.from_dotlist(options or []))
-    assert isinstance(parsed, dict)
-    return {str(name): value for name, value in parsed.items()}

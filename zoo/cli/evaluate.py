@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import typer
-from omegaconf import OmegaConf
 
-from zoo.cli.console import console
+from zoo.cli.console import show_config
 from zoo.cli.train import Overrides, ShowConfig
 from zoo.config import compose
 from zoo.errors import ConfigError
@@ -41,7 +40,7 @@ def evaluate(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
         )
     config = compose("evaluate", given)
     if cfg:
-        console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
+        show_config(config)
         return
     from zoo.training import run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 from omegaconf import OmegaConf
 
-from zoo.cli.console import console
+from zoo.cli.console import show_config
 from zoo.cli.train import Overrides, ShowConfig
 from zoo.config import compose
 
@@ -42,7 +42,7 @@ def finetune(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
     config.finetune.model = named[-1] if named else None
     config.finetune.changes = OmegaConf.from_dotlist(changed)
     if cfg:
-        console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
+        show_config(config)
         return
     from zoo.training import run
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import typer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from zoo.cli.console import console
+from zoo.cli.console import console, show_config
 from zoo.cli.train import Overrides, ShowConfig
 from zoo.cli.trained import check_domain, without_domain
 from zoo.config import compose
@@ -41,7 +41,7 @@ def predict(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
     """
     config = _config(overrides or [])
     if cfg:
-        console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
+        show_config(config)
         return
     from zoo.training.run import domain_for, load_trained
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from omegaconf import OmegaConf
 
-from zoo.cli.console import console
+from zoo.cli.console import show_config
 from zoo.config import compose
 
 app = typer.Typer()
@@ -45,7 +44,7 @@ def train(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
 
         config = resumed_config(run, [text for text in given if not text.startswith("resume=")])
     if cfg:
-        console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
+        show_config(config)
         return
     from zoo.training import run as runs
 

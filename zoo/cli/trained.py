@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
-
-from zoo.cli.console import console
+from zoo.cli.console import console, show_config
 from zoo.config import compose
 from zoo.errors import ConfigError
 
@@ -22,7 +20,7 @@ def run_part(verb: str, overrides: list[str] | None, *, show: bool) -> None:
     rest, wanted = without_domain(overrides or [])
     config = compose(verb, rest)
     if show:
-        console.print(OmegaConf.to_yaml(config), markup=False, highlight=False, soft_wrap=True)
+        show_config(config)
         return
     from zoo.training.run import domain_for, load_trained
 

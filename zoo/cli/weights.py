@@ -6,23 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from omegaconf import OmegaConf
 from rich.table import Table
 
-from zoo.cli.console import console
+from zoo.cli.console import console, parsed_options
 from zoo.cli.info import licence_text
 from zoo.errors import CheckpointError, ConfigError, did_you_mean
-from zoo.registry import (
-    facts_of_file,
-    list_models,
-    load_official,
-    official_wrapper,
-    to_official,
-    to_other,
-)
+from zoo.registry import list_models
 from zoo.weights.cards import WeightCard, list_cards, weight_card
 from zoo.weights.checkpoint import load_model, read_checkpoint, save_model, save_state_dict
 from zoo.weights.download import check_file, fetch
+from zoo.weights.exchange import facts_of_file, load_official, official_wrapper, to_official, to_other
 
 weights_app = typer.Typer(no_args_is_help=True, add_completion=False)
 app = weights_app
@@ -145,7 +138,7 @@ def convert(
 
       zoo weights convert conditional_detr.safetensors to=mmdet output=weights.pth
     """
-    given = _parse(options or [])
+    given = parsed_options(options, "model=gman")
     target = str(given.pop("to", "zoo"))
     if target not in TARGETS:
         raise ConfigError(f"to={target} is none of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
@@ -209,10 +202,3 @@ def _resolve(source: str) -> tuple[Path, WeightCard | None]:
         return Path(source), None
     card = weight_card(source)
     return fetch(card), card
-
-
-def _parse(options: list[str]) -> dict[str, Any]:
-    for option in options:
-        if option.find("=") < 1:
-            raise ConfigError(f"{option!r} is not of the form key=value, e.g. model=gman.")
-    return {str(key): value for key, value in OmegaConf.from_dotlist(options).items()}

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import ConfigError
 
-BAND = 12288
+BAND = 4608
 """Pixels of a band on a CPU."""
 FILTER_VALUES = 2**28
 """Filter values that may exist at once on a GPU, where a band is as large as it may be."""
@@ -176,8 +176,14 @@ class Filters:
 
     def inputs(self, items: slice, rows: slice) -> Tensor:
         """`(B, R + 1, n)` with ones for the bias; the filters themselves where they are given."""
-        band = self.plan.band(self.source, items, rows).to(self.dtype)
-        return band if self.weight is None else F.pad(band, (0, 0, 0, 1), value=1.0)
+        if self.weight is None:
+            return self.plan.band(self.source, items, rows).to(self.dtype)
+        part = self.source[items, :, rows]
+        sizes = len(part), self.weight.shape[1], part.shape[2], self.plan.row
+        inputs = part.new_ones(sizes, dtype=self.dtype)
+        inputs[:, :-1, :, : self.plan.width] = part
+        inputs[:, :-1, :, self.plan.width :] = 0
+        return inputs.flatten(2)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         made = inputs if self.weight is None else torch.matmul(self.weight, inputs)

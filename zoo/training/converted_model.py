@@ -12,12 +12,12 @@ from rich.table import Column, Table
 from torch import nn
 
 from zoo.attention.convert import cache_bytes, convert, relative_error
-from zoo.attention.convert.registry import multihead_options
 from zoo.attention.layers import AttentionLayer
 from zoo.attention.layers.base import Inputs
 from zoo.attention.layers.multihead import MultiHead
+from zoo.create import create_model
 from zoo.errors import ConfigError
-from zoo.registry import create_model, model_signature
+from zoo.registry import model_signature
 from zoo.weights.checkpoint import check_fit
 
 Calls = dict[str, list[Inputs]]
@@ -65,7 +65,8 @@ def as_core_layers(model: nn.Module, argument: str = "attention") -> nn.Module:
             f"One trained with model.{argument}=multihead can."
         )
     layers = cast(dict[str, MultiHead], cast(Any, model).core_layers())
-    return rebuilt(model, argument, multihead_options(next(iter(layers.values()))), layers)
+    asked = {"name": "multihead"} | next(iter(layers.values())).options()
+    return rebuilt(model, argument, asked, layers)
 
 
 def rebuilt(

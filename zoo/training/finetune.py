@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from zoo.attention.layers import AttentionLayer
 from zoo.cli.console import console
+from zoo.create import create_model
 from zoo.errors import ConfigError, did_you_mean, require
-from zoo.registry import create_model, model_signature
+from zoo.registry import model_signature
 from zoo.weights.checkpoint import LoadReport, load_state, matches, read_checkpoint
 
 METHODS = ("full", "head", "lora", "probe")

@@ -20,8 +20,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 
 from zoo.cli.console import console, errors
+from zoo.create import create_model
 from zoo.errors import CheckpointError, ConfigError, ZooError, did_you_mean
-from zoo.registry import Domain, create_model, detect_model, from_official, get_domain, model_card
+from zoo.registry import Domain, get_domain, model_card
 from zoo.training.callbacks import Checkpoints, MetricsTable, Patience, ProgressLine, RandomState, StopAtStep
 from zoo.training.checkpoint_io import AtomicCheckpointIO
 from zoo.training.data import DataModule
@@ -30,6 +31,7 @@ from zoo.training.finetune import adapt, changes, merge_lora
 from zoo.training.folder import environment, new_folder, open_folder, stored_config, write_json
 from zoo.training.task import Task, Tested
 from zoo.weights.checkpoint import load_model, read_checkpoint, read_state_dict, save_model
+from zoo.weights.exchange import detect_model, from_official
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from torchmetrics import Metric
 
 from zoo.attention.layers import auxiliary_loss
 from zoo.cli.console import console
+from zoo.create import create_model
 from zoo.errors import ConfigError, ZooError, did_you_mean
-from zoo.registry import create_model, model_signature
+from zoo.registry import model_signature
 from zoo.training.data import DataModule
 from zoo.training.finetune import starting_point
 from zoo.training.optim import build_optimizer, build_schedule
@@ -206,10 +207,8 @@ class Task(pl.LightningModule):
         position.
         """
         trainer = cast(Any, self.trainer)
-        batches, limit = (
-            math.ceil(self.data.size("train") / self.data.batch_size),
-            trainer.limit_train_batches,
-        )
+        batches = math.ceil(self.data.size("train") / self.data.batch_size)
+        limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         by_epochs = trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
         by_steps = OmegaConf.select(self.cfg, "trainer.max_steps", default=-1)

@@ -111,7 +111,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         CheckpointError: the file cannot be read, carries no config, or does not fit the model it names.
     """
-    from zoo.registry import create_model
+    from zoo.create import create_model
 
     state, meta = read_checkpoint(path)
     if not meta:

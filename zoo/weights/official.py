@@ -36,6 +36,10 @@ class OfficialLayout:
     """Children of the model that the official program does not have, e.g. another pool. They start anew from
     official files, and keep our names where the model is written in the official layout."""
 
+    same: ClassVar[tuple[str, ...]] = ()
+    """Official options that are constructor arguments of ours by the same names; one that is given wins over
+    what `config` reads from the tensors, which does not see it."""
+
     wrapper: ClassVar[str | None] = None
     """Key under which PyTorch files of the official program hold the state dict, e.g. BasicSR's `params`."""
 
@@ -63,9 +67,16 @@ class OfficialLayout:
         raise NotImplementedError
 
     @classmethod
+    def options(cls) -> dict[str, inspect.Parameter]:
+        """The official options: what `config` takes beside the tensors, and the `same`."""
+        _, *own = inspect.signature(cls.config).parameters.values()
+        same = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in cls.same]
+        return {option.name: option for option in (*own, *same)}
+
+    @classmethod
     def told(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Of the options that a file tells of the program that wrote it, those `config` knows."""
-        known = inspect.signature(cls.config).parameters
+        known = cls.options()
         return {name: value for name, value in options.items() if name in known}
 
     @staticmethod

@@ -24,6 +24,7 @@ from domains.atoms.models.allscaip_parts import (
     Network,
     Sizes,
 )
+from domains.atoms.models.node_layer import Attention
 from domains.atoms.models.potential import Potential
 from domains.atoms.structures import Structures
 from domains.atoms.weights.allscaip import PUBLISHED_HEADS, AllScAIPOfficial
@@ -56,6 +57,9 @@ class AllScAIP(Potential):
         frequency_list: how many channels of a head turn with the harmonics of each degree; None: none do.
         use_node_path: attention among all atoms of a structure.
         num_frequencies: waves that the learned radial mask of this attention is made of; None: no mask.
+        attention: another layer of the zoo among all atoms, by name or by mapping, that looks both ways,
+            takes padded rows, and does not depend on the order of its tokens; it has no radial mask. No
+            published weights have it.
         use_residual_scaling: scale branches by a learned number that starts at `1 / num_layers`.
         ffn_multiplier, output_multiplier: hidden width of the MLPs of blocks, and of heads, over
             `hidden_size`; 0 makes them linear.
@@ -67,6 +71,8 @@ class AllScAIP(Potential):
 
     Raises:
         ConfigError: sizes that do not fit together, or an option that does not exist.
+        UnknownName: no attention layer of that name.
+        AttentionError: an argument that the layer does not have, or a layer that cannot stand there.
     """
 
     network: Network
@@ -95,6 +101,7 @@ class AllScAIP(Potential):
         frequency_list: Sequence[int] | None = (20, 10, 4, 10, 20),
         use_node_path: bool = True,
         num_frequencies: int | None = 32,
+        attention: Attention | None = None,
         use_residual_scaling: bool = True,
         ffn_multiplier: int = 2,
         output_multiplier: int = 2,
@@ -115,6 +122,10 @@ class AllScAIP(Potential):
         )
         if max_neighbours is not None and max_neighbours < 1:
             raise ConfigError(f"max_neighbours is at least 1 (the atom itself), not {max_neighbours}.")
+        if attention is not None and not use_node_path:
+            raise ConfigError(
+                f"attention={attention!r} is attention among all atoms, which use_node_path=False leaves out."
+            )
         self.knn, self.max_neighbours = knn, max_neighbours
         self.extensive = energy_reduce == "sum" and not use_node_path
         self.head_names = tuple(head_names or PUBLISHED_HEADS[forces == "direct"])
@@ -130,8 +141,9 @@ class AllScAIP(Potential):
             edge_direction_expansion_size=edge_direction_expansion_size,
             edge_distance_expansion_size=edge_distance_expansion_size,
             frequency_list=None if frequency_list is None else tuple(frequency_list),
-            num_frequencies=num_frequencies if use_node_path else None,
+            num_frequencies=num_frequencies if use_node_path and attention is None else None,
             use_node_path=use_node_path,
+            attention=attention,
             use_residual_scaling=use_residual_scaling,
             ffn_multiplier=ffn_multiplier,
             output_multiplier=output_multiplier,

@@ -30,6 +30,7 @@ from domains.atoms.models.layers import (
     check_heads,
     turned_logits,
 )
+from domains.atoms.models.node_layer import Attention, among_groups, check_order, node_layer
 from zoo.attention import Groups, attend
 from zoo.errors import ConfigError
 
@@ -57,6 +58,7 @@ class Sizes:
     frequency_list: tuple[int, ...] | None
     num_frequencies: int | None
     use_node_path: bool
+    attention: Attention | None
     use_residual_scaling: bool
     ffn_multiplier: int
     output_multiplier: int
@@ -73,6 +75,8 @@ class Sizes:
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("normalization", self.normalization, NORMS)
         check_choice("energy_reduce", self.energy_reduce, REDUCTIONS)
+        if self.attention is not None:
+            check_order(self.attention, self.hidden_size, self.num_heads)
 
     @property
     def head_dim(self) -> int:
@@ -313,6 +317,27 @@ class NodeAttention(nn.Module):
         return x + self.res_scale * self.proj(out[0].transpose(0, 1).flatten(1))
 
 
+class OtherNodeAttention(nn.Module):
+    """Any layer of the zoo that takes padded rows and knows no order, normed before and added after."""
+
+    def __init__(self, sizes: Sizes, attention: Attention) -> None:
+        super().__init__()
+        self.norm = sizes.norm()
+        self.layer = node_layer(attention, sizes.hidden_size, sizes.num_heads)
+        self.res_scale = sizes.residual_scale()
+
+    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """`(N, H)` -> `(N, H)`."""
+        return x + self.res_scale * among_groups(self.layer, self.norm(x), geometry.by_structure)
+
+
+def attention_of_nodes(sizes: Sizes) -> nn.Module | None:
+    """Among all atoms of a structure, where there is such."""
+    if not sizes.use_node_path:
+        return None
+    return NodeAttention(sizes) if sizes.attention is None else OtherNodeAttention(sizes, sizes.attention)
+
+
 class ResidualMlp(nn.Module):
     """An MLP, normed before and added after."""
 
@@ -337,7 +362,7 @@ class Block(nn.Module):
         super().__init__()
         self.source, self.destination = GroupAttention(sizes), GroupAttention(sizes)
         self.edge_mlp = ResidualMlp(sizes)
-        self.node_attention = NodeAttention(sizes) if sizes.use_node_path else None
+        self.node_attention = attention_of_nodes(sizes)
         self.node_mlp = ResidualMlp(sizes)
         self.last = last
         if last:

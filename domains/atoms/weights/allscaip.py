@@ -245,6 +245,11 @@ def head_names(state: Mapping[str, Tensor]) -> list[str]:
 
 def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Our tensor names -> the official tensors that they hold, one after the other."""
+    if model.sizes.attention is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        raise CheckpointError(
+            "No official AllScAIP has attention=...: such weights are read and written in our own layout "
+            "(zoo.save_model, zoo.load_model) only."
+        )
     heads: Any = model.head_names
     names, known = {}, model.state_dict().keys()
     for ours in known:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from domains.detection.models.resnet import LAYOUTS, ResNet
 from domains.detection.models.swin import SWINS, Swin
-from zoo import registry
+from zoo.create import create_model
 from zoo.errors import ConfigError, did_you_mean
+from zoo.registry import list_models
 
 
 class Features(nn.Module):
@@ -48,11 +49,11 @@ def create_backbone(name: str, levels: int = 1, **options: Any) -> nn.Module:
     import timm
 
     options = {"out_indices": tuple(range(-levels, 0))} | options | {"features_only": True}
-    own = registry.list_models("vision/*")
+    own = list_models("vision/*")
     bare = name.removeprefix("timm/")
     try:
         if bare == name and name in own:
-            return Features(registry.create_model(f"vision/{name}", **options))
+            return Features(create_model(f"vision/{name}", **options))
         if timm.is_model(bare):
             return Features(timm.create_model(bare, **options))
     except (AssertionError, IndexError) as error:

@@ -64,6 +64,17 @@ def check_images(images: Tensor, mask: Tensor | None) -> None:
         )
 
 
+def by_onednn(x: Tensor) -> bool:
+    """Whether oneDNN's operators take x: those that add, or leave out what is negative, in the same pass."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+    )
+
+
 def full(x: Tensor) -> Tensor:
     """In float32 or wider: coordinates and predictions, whatever the precision of the network."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -6,11 +6,21 @@ image has B = 1 and is broadcast.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention import EqualGroups, Pattern, attend
+from domains.detection.models.common import by_onednn
+from zoo.attention import EqualGroups, Padding, Pattern, attend
+from zoo.attention.layers import check_supports, create_map_attention, on_tokens
+
+Attention = str | Mapping[str, Any]
+"""The name of a layer (`zoo list attention`), or a mapping with its name and arguments."""
+NOMINAL_MAP = (25, 42)
+"""Cells of the map of an image of 800 x 1333 pixels: what tables of a layer are made for."""
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -34,7 +44,12 @@ class FFN(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.dropout(self.activation(self.fc1(x))))
+        return self.fc2(self.dropout(self._hidden(x)))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        if isinstance(self.activation, nn.ReLU) and by_onednn(x) and not torch.is_grad_enabled():
+            return torch.ops.mkldnn._linear_pointwise(x, self.fc1.weight, self.fc1.bias, "relu", [], "")
+        return self.activation(self.fc1(x))
 
 
 class EncoderAttention(nn.Module):
@@ -60,22 +75,56 @@ class EncoderAttention(nn.Module):
         return self.out(join_heads(out))
 
 
+class OtherEncoderAttention(nn.Module):
+    """Any layer of the zoo that looks both ways and takes padded rows; positions are added to its tokens.
+
+    Its values have them as well: a layer makes queries, keys and values of one input.
+    """
+
+    def __init__(self, attention: Attention, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.layer = create_map_attention(attention, dim, NOMINAL_MAP, num_heads=num_heads)
+        check_supports(self.layer, "padding", "any_length", reason="a batch holds images of several sizes")
+
+    def forward(self, x: Tensor, pos: Tensor, pattern: Pattern | None, size: Sequence[int]) -> Tensor:
+        mask = pattern.keys if isinstance(pattern, Padding) else None
+        return on_tokens(self.layer, x + pos, size, mask)
+
+
 class EncoderLayer(nn.Module):
-    """Attention and FFN, each followed by the norm of the sum."""
+    """Attention and FFN, each followed by the norm of the sum.
+
+    Args:
+        attention: a layer of the zoo instead of the model's own.
+    """
 
     def __init__(
-        self, dim: int, num_heads: int, ffn_dim: int, dropout: float, activation: nn.Module | None = None
+        self,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        activation: nn.Module | None = None,
+        attention: Attention | None = None,
     ) -> None:
         super().__init__()
-        self.attention = EncoderAttention(dim, num_heads, dropout)
+        if attention is None:
+            self.attention = EncoderAttention(dim, num_heads, dropout)
+        else:
+            self.attention = OtherEncoderAttention(attention, dim, num_heads)
         self.ffn = FFN(dim, ffn_dim, dropout, activation)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, pos: Tensor, pattern: Pattern | None) -> Tensor:
-        """`(B, S, d) -> (B, S, d)`; pos `(B or 1, S, d)`."""
-        x = self.norm1(x + self.dropout(self.attention(x, pos, pattern)))
+    def forward(self, x: Tensor, pos: Tensor, pattern: Pattern | None, size: Sequence[int]) -> Tensor:
+        """`(B, S, d) -> (B, S, d)` on a map of this height and width; pos `(B or 1, S, d)`."""
+        x = self.norm1(x + self.dropout(self._attended(x, pos, pattern, size)))
         return self.norm2(x + self.dropout(self.ffn(x)))
+
+    def _attended(self, x: Tensor, pos: Tensor, pattern: Pattern | None, size: Sequence[int]) -> Tensor:
+        if isinstance(self.attention, OtherEncoderAttention):
+            return self.attention(x, pos, pattern, size)
+        return self.attention(x, pos, pattern)
 
 
 class GroupSelfAttention(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from domains.detection.models.backbones import create_backbone
 from domains.detection.models.common import LearnedPosition, check_images, full, resized_mask, sine_position
-from domains.detection.models.conditional import EncoderLayer, reset_transformer
+from domains.detection.models.conditional import Attention, EncoderLayer, reset_transformer
 from domains.detection.models.detector import GroupDetector, Outputs, check_width
 from zoo.attention import Padding, Pattern
 from zoo.errors import ConfigError
@@ -34,9 +34,13 @@ class SingleScaleDetector(GroupDetector):
         ffn_dim: hidden width of the FFNs.
         dropout: of attention weights, branches and FFNs.
         position: of the map's cells: `sine`, as published, or `learned`.
+        attention: another layer of the zoo in the encoder, by name or by mapping, that looks both ways and
+            takes padded rows; no published weights have it.
 
     Raises:
         ConfigError: sizes that do not fit together, or an unknown backbone.
+        UnknownName: no layer of that name.
+        AttentionError: an argument that the layer does not have, or a layer that cannot stand there.
     """
 
     temperature: ClassVar[float] = 10000.0
@@ -58,6 +62,7 @@ class SingleScaleDetector(GroupDetector):
         ffn_dim: int = 2048,
         dropout: float = 0.1,
         position: str = "sine",
+        attention: Attention | None = None,
     ) -> None:
         super().__init__(num_classes, num_queries, groups)
         check_width(embed_dim, num_heads)
@@ -71,7 +76,8 @@ class SingleScaleDetector(GroupDetector):
         self.input_proj = nn.Conv2d(channels, embed_dim, 1)  # pyright: ignore[reportArgumentType]
         self.position = LearnedPosition(embed_dim) if position == "learned" else None
         self.encoder = nn.ModuleList(
-            EncoderLayer(embed_dim, num_heads, ffn_dim, dropout, self.activation()) for _ in range(enc_layers)
+            EncoderLayer(embed_dim, num_heads, ffn_dim, dropout, self.activation(), attention)
+            for _ in range(enc_layers)
         )
         for layer in self.encoder:
             reset_transformer(layer.ffn)  # pyright: ignore[reportArgumentType]
@@ -117,7 +123,7 @@ class SingleScaleDetector(GroupDetector):
         x = self.input_proj(features).flatten(2).transpose(1, 2)
         pos = self._position(size, mask, x).flatten(1, 2).to(full(x).dtype)
         for layer in self.encoder:
-            x = self.run(layer, x, pos, pattern)
+            x = self.run(layer, x, pos, pattern, size)
         auxiliary = self.training if auxiliary is None else auxiliary
         return self.decode(x, pos, pattern, auxiliary)
 

@@ -15,8 +15,8 @@ from domains.detection.models.resnet import LAYOUTS
 from domains.detection.models.swin import SWINS
 from domains.detection.openmmlab.reading import read_weights
 from zoo.errors import ConfigError
-from zoo.registry import load_weights
 from zoo.weights.checkpoint import LoadReport, load_state
+from zoo.weights.exchange import load_weights
 
 BaseModule: Any = import_module("mmengine.model").BaseModule
 

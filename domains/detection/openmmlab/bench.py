@@ -15,9 +15,9 @@ from domains.detection.losses import box_terms
 from domains.detection.matching import SetLoss
 from domains.detection.models.detector import layers
 from domains.detection.openmmlab import enable_mmdet
-from zoo.bench.compare import Job
+from zoo.bench.compare import Job, gradient_norm
 from zoo.bench.suite import Case
-from zoo.registry import from_official
+from zoo.weights.exchange import from_official
 
 CONFIG = Path(".mim/configs/conditional_detr/conditional-detr_r50_8xb2-50e_coco.py")
 """Of R50, below the package."""
@@ -92,7 +92,7 @@ def training(batch: int, height: int, width: int) -> Case:
     """Forward, matching, loss and backward; what is compared is the norm of all gradients."""
 
     def build(device: torch.device) -> Job:
-        from domains.detection.bench import objects, pictures, stepped
+        from domains.detection.bench import objects, pictures
 
         model, peer = (part.train() for part in contestants(device))
         x, wanted = pictures((batch, 3, height, width), device), objects(batch, 7, device)
@@ -100,10 +100,10 @@ def training(batch: int, height: int, width: int) -> Case:
         told, loss = samples(batch, height, width, wanted), SetLoss(box_terms())
 
         def ours() -> Tensor:
-            return stepped(model, loss(layers(model(x)), wanted)[0])
+            return gradient_norm(model, loss(layers(model(x)), wanted)[0])
 
         def theirs() -> Tensor:
-            return stepped(peer, peer.parse_losses(peer.loss(x, told))[0])
+            return gradient_norm(peer, peer.parse_losses(peer.loss(x, told))[0])
 
         return Job(f"{NAME}, training", ours, theirs, ours, theirs)
 
@@ -114,4 +114,5 @@ CASES = (
     inference(480, 640, rounds=5),
     inference(800, 1333, rounds=3),
     training(2, 480, 640),
+    training(1, 800, 1333),
 )

@@ -20,8 +20,9 @@ from domains.detection.openmmlab.backbone import fill
 from domains.detection.openmmlab.reading import read_weights
 from domains.detection.weights.classes import fit_classes
 from domains.detection.weights.runner import telling
+from zoo.create import create_model
 from zoo.errors import ConfigError, DataError
-from zoo.registry import create_model, load_weights
+from zoo.weights.exchange import load_weights
 from zoo.weights.formats import TOLD
 
 BaseDetector: Any = import_module("mmdet.models.detectors").BaseDetector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -51,6 +52,15 @@ class GroupDETROfficial(DetectionLayout):
         (r"decoder\.layers\.(\d+)\.ffn\.fc", rf"{DECODER}.\1.linear"),
         (r"decoder\.", "transformer.decoder."),
     )
+
+    @classmethod
+    def official(cls, name: str) -> list[str]:
+        if re.match(r"encoder\.\d+\.attention\.layer\.", name):
+            raise CheckpointError(
+                "No official Group DETR has attention=...: such weights are kept in our own layout "
+                "(zoo.save_model, zoo.load_model) only."
+            )
+        return super().official(name)
 
     @staticmethod
     def canonical(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from domains.detection.weights.classes import coco_ids, coco_names, with_rows
 from zoo.errors import CheckpointError
-from zoo.registry import to_official as in_official_layout
+from zoo.weights.exchange import to_official as in_official_layout
 
 MARK = "bbox_head.fc_cls.weight"
 """A tensor that mmdet's Conditional DETR has, and its official program has not."""

@@ -18,6 +18,7 @@ from domains.forecasting.hardware.metrics import METRICS, errors
 from domains.forecasting.hardware.tables import SUFFIXES, read_table
 from domains.forecasting.hardware.task import encoder_of
 from zoo.cli.console import console
+from zoo.devices import chosen_device
 from zoo.errors import ConfigError
 from zoo.files import atomic_path
 
@@ -85,20 +86,12 @@ def predicted(
     device: str = "auto",
 ) -> np.ndarray:
     """The scores of every row in their own unit, `(R, targets)`."""
-    place = _device(device)
+    place = chosen_device(device)
     model = model.to(place)
     inputs = encoder.inputs(table, source)
     parts = (torch.from_numpy(values).split(max(1, batch_size)) for values in (inputs.numbers, inputs.codes))
     scores = [model(numbers.to(place), codes.to(place)).cpu() for numbers, codes in zip(*parts, strict=True)]
     return encoder.unscaled(torch.cat(scores).numpy())
-
-
-def _device(name: str) -> torch.device:
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        return torch.device(chosen)
-    except RuntimeError:
-        raise ConfigError(f"device={name} is not one of auto, cpu, cuda.") from None
 
 
 def _measured(encoder: Encoder, table: pd.DataFrame, source: str) -> np.ndarray | None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domains.forecasting.models.encoder import ACTIVATIONS, Attention, Block, Encoder, ResidualBlock, RMSNorm
-from domains.forecasting.models.folded import FoldedEncoder
+from domains.forecasting.models.folded import FoldedEncoder, residual
 from domains.forecasting.models.groups import RowGroups
 from domains.forecasting.models.outputs import Chronos2Output, Embedded, Encoding
 from domains.forecasting.models.patches import (
@@ -187,7 +187,8 @@ class Chronos2(nn.Module):
         if self.use_reg_token:
             parts.insert(1, self.shared.weight[1].to(past.dtype).expand(1, rows, -1))
         always = seen.new_ones((sum(map(len, parts[1:])), rows))
-        return Embedded(torch.cat(parts), torch.cat([seen, always]), loc, scale, known)
+        alike = len(always) if future is None else 0
+        return Embedded(torch.cat(parts), torch.cat([seen, always]), loc, scale, known, alike)
 
     def _past_tokens(self, z: Tensor, observed: Tensor, drop_unseen: bool) -> tuple[Tensor, Tensor]:
         """Tokens `(N, B, D)` of values and their mask `(B, T)`, and bool `(N, B)` whether they hold any."""
@@ -224,7 +225,7 @@ class Chronos2(nn.Module):
     def _patch_tokens(self, time: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Time index `(N, 1, P)`, values and mask `(N, B, P)` -> `(N, B, D)`."""
         features = torch.cat([time.expand_as(values), values, mask], -1)
-        return self.input_patch_embedding(features.to(self.shared.weight.dtype))
+        return self._through(self.input_patch_embedding, features.to(self.shared.weight.dtype))
 
     # ---- forward -------------------------------------------------------------------------------------------
 
@@ -286,15 +287,13 @@ class Chronos2(nn.Module):
             drop_unseen=self._drops_unseen(),
         )
         groups = _groups(group_ids, context)
-        tokens = self._encoded(embedded, groups, num_output_patches)[-num_output_patches:]
-        z = self.output_patch_embedding(tokens).unflatten(-1, (len(self.quantiles), self.patch_size))
-        z = z.permute(1, 2, 0, 3).flatten(2)
+        z = self._encoded(embedded, groups, num_output_patches)[-num_output_patches:]
+        z = self._through(self.output_patch_embedding, z)
+        z = z.unflatten(-1, (len(self.quantiles), self.patch_size)).permute(1, 2, 0, 3).flatten(2)
         loc, scale = embedded.loc, embedded.scale
-        rows = z.flatten(1)
-        quantiles = denormalise(rows, loc, scale, arcsinh=self.use_arcsinh).view(z.shape)
-        loss = None
-        if future_target is not None:
-            loss = self._loss(z, future_target, future_target_mask, embedded)
+        quantiles = denormalise(z.flatten(1), loc, scale, arcsinh=self.use_arcsinh).view(z.shape)
+        scored = future_target is not None
+        loss = self._loss(z, future_target, future_target_mask, embedded) if scored else None
         return Chronos2Output(quantiles, loss, z, loc, scale)
 
     def _encoded(self, embedded: Embedded, groups: RowGroups, keep: int) -> Tensor:
@@ -308,8 +307,9 @@ class Chronos2(nn.Module):
             keep = len(tokens)  # maps of all layers have one shape
         positions = torch.arange(len(tokens), device=tokens.device)
         tables = rotary_tables(positions, self.d_kv, theta=self.rope_theta)
-        encoder = self._folded if self._folded is not None and self._can_fold() else self.encoder
-        tokens = encoder(tokens, keep, tables, groups, None if everything else seen, self.unseen)
+        inputs = (tokens, keep, tables, groups, None if everything else seen, self.unseen)
+        fast = self._in_use()
+        tokens = self.encoder(*inputs) if fast is None else fast(*inputs, alike=embedded.alike)
         return tokens if order is None else tokens[:, order.argsort()]
 
     @contextmanager
@@ -317,7 +317,8 @@ class Chronos2(nn.Module):
         """Forward passes inside, without gradients, run with combined weights: faster, the same numbers.
 
         Combining takes about the time of a pass over D tokens. The result is kept, in about two thirds of the
-        memory of the encoder, until a weight has another value. Changes inside are not noticed.
+        memory of the encoder, until a weight has another value; changes inside, or of a few elements through
+        `.data`, go unnoticed.
         """
         if self._kept is None or self._kept.is_outdated(self.encoder):
             self._kept = FoldedEncoder.of(self.encoder)
@@ -331,10 +332,14 @@ class Chronos2(nn.Module):
         """Whether first patches without a value may be left out: only distances in time count."""
         return self.attention is None and not torch.compiler.is_compiling() and recorder() is None
 
-    def _can_fold(self) -> bool:
+    def _through(self, block: ResidualBlock, x: Tensor) -> Tensor:
+        return block(x) if self._in_use() is None else residual(block, x)
+
+    def _in_use(self) -> FoldedEncoder | None:
+        """The combined weights, where this pass may run with them."""
         plain = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         special = recorder() is not None or torch.is_autocast_enabled(self.shared.weight.device.type)
-        return not plain and not special
+        return None if plain or special else self._folded
 
     def _loss(self, z: Tensor, target: Tensor, mask: Tensor | None, embedded: Embedded) -> Tensor:
         """Quantile loss: mean over the steps (those that do not count, too) and rows, sum over the levels.

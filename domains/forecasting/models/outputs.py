@@ -44,3 +44,5 @@ class Embedded(NamedTuple):
     scale: Tensor
     known: Tensor | None
     """`(B, n P)`, 1 where a future covariate is known."""
+    alike: int = 0
+    """How many of the last tokens are the same in all rows."""

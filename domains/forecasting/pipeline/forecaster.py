@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ from domains.forecasting.pipeline.unroll import forecast
 from domains.forecasting.weights import load_folder
 from zoo.errors import ConfigError, DataError
 
-TOKENS_ON_CPU = 1280
+TOKENS_ON_CPU = 1600
 
 DECILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -129,8 +130,10 @@ class Forecaster:
         items = prepare(inputs, horizon)
         results: dict[int, Tensor] = {}
         most = None if cross_learning else self._most_steps()
+        size = self.model.patch_size  # of the register token, too
+        ahead = size + min(math.ceil(horizon / size), limit) * size
         with self._prepared(items, length):
-            for batch in batches(items, length, batch_size, most_steps=most):
+            for batch in batches(items, length, batch_size, most_steps=most, ahead=ahead):
                 batch = self._moved(batch)
                 ids = batch.group_ids
                 quantiles = forecast(
@@ -298,11 +301,17 @@ class Forecaster:
 
 
 def batches(
-    items: Sequence[Item], context_length: int, batch_size: int, *, most_steps: int | None = None
+    items: Sequence[Item],
+    context_length: int,
+    batch_size: int,
+    *,
+    most_steps: int | None = None,
+    ahead: int = 0,
 ) -> Iterator[Batch]:
     """Items in order in batches: each takes items until it has `batch_size` rows.
 
-    With `most_steps`, those of similar length of a batch come together, in passes of about so many steps. All
+    With `most_steps`, those of similar length of a batch come together, in passes of at most about so many
+    steps, of which every row has `ahead` more than its history. All
     rows of a batch are as long as its longest, in whichever pass: the mean of a constant series depends in
     its last digit on the length of the row, so its scale is 0 or that digit, and its forecast follows.
     """
@@ -314,21 +323,26 @@ def batches(
         if rows >= batch_size or i + 1 == len(items):
             lengths = {j: min(items[j].context.shape[1], context_length) for j in chosen}
             width = max(lengths.values())
-            for places in [chosen] if most_steps is None else _passes(items, lengths, most_steps):
+            steps = {j: length + ahead for j, length in lengths.items()}
+            for places in [chosen] if most_steps is None else _passes(items, steps, most_steps):
                 yield _collate(items, places, context_length, width)
             chosen, rows = [], 0
 
 
-def _passes(items: Sequence[Item], lengths: Mapping[int, int], most_steps: int) -> Iterator[list[int]]:
-    """Places of items of `lengths`, the shortest first, in parts of about `most_steps` steps."""
+def _passes(items: Sequence[Item], steps: Mapping[int, int], most_steps: int) -> Iterator[list[int]]:
+    """Places of items with rows of `steps`, the shortest first, in about equal parts of about `most_steps` at
+    most.
+    """
+    total = sum(len(items[i].context) * count for i, count in steps.items())
+    share = total / math.ceil(total / most_steps)
     chosen: list[int] = []
-    rows = 0
-    for i in sorted(lengths, key=lambda place: lengths[place]):
+    done, end = 0, share
+    for i in sorted(steps, key=lambda place: steps[place]):
         chosen.append(i)
-        rows += len(items[i].context)
-        if rows * lengths[i] >= most_steps:
+        done += len(items[i].context) * steps[i]
+        if done >= end:
             yield chosen
-            chosen, rows = [], 0
+            chosen, end = [], end + share
     if chosen:
         yield chosen
 

@@ -17,6 +17,7 @@ from domains.forecasting.ranking.features import RobustScale, features
 from domains.forecasting.ranking.panel import Panel, read_panel
 from domains.forecasting.ranking.plots import score_plot
 from domains.forecasting.ranking.task import features_differ
+from zoo.devices import chosen_device
 from zoo.errors import ConfigError, DataError
 from zoo.files import atomic_path
 
@@ -84,7 +85,7 @@ def ranks(
             )
     unknown = np.full_like(panel.close, np.nan)
     sections = CrossSections(RobustScale(**facts["scale"])(values), unknown, may, days, window, unknown=True)
-    place = _device(device)
+    place = chosen_device(device)
     model = model.to(place)
     tables = []
     for start in range(0, len(days), batch_size):
@@ -134,11 +135,3 @@ def _text(panel: Panel, day: int) -> str:
     """`2024-01-31`, with the time where there is one."""
     stamp = str(panel.dates[day])
     return stamp[:10] if stamp.endswith("T00:00:00") else stamp
-
-
-def _device(name: str) -> torch.device:
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        return torch.device(chosen)
-    except RuntimeError:
-        raise ConfigError(f"device={name} is not one of auto, cpu, cuda.") from None

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers.linear import matrix
+
 ALIGNMENT = 16
 """Heads are filled up with zero channels to a multiple of this. The published 9 and 10 channels per head run
 on no fused kernel; with 16 the same numbers come 6 times faster from a CPU (patches of 28 x 28)."""
@@ -19,7 +21,7 @@ def head_width(qk_dim: int, dim: int, num_heads: int) -> int:
     return width + -width % ALIGNMENT
 
 
-def to_heads(linear: nn.Module, parts: Sequence[int], num_heads: int, width: int) -> Tensor:
+def to_heads(linear: nn.Linear, parts: Sequence[int], num_heads: int, width: int) -> Tensor:
     """The weight of a projection to queries, keys or values side by side, every head filled up with zeros.
 
     Args:
@@ -37,14 +39,6 @@ def from_heads(weight: Tensor, num_heads: int, width: int) -> Tensor:
     """A weight `(C, dim)` that reads merged heads, as one `(C, num_heads * width)` that reads the filled."""
     heads = weight.unflatten(1, (num_heads, -1))
     return F.pad(heads, (0, width - heads.shape[2])).flatten(1)
-
-
-def matrix(linear: nn.Module) -> Tensor:
-    """The weight `(out, in)` of a projection without bias, low-rank updates included."""
-    if type(linear) is nn.Linear:
-        return linear.weight
-    weight: Tensor = linear.weight  # pyright: ignore[reportAssignmentType]
-    return linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).T
 
 
 class ConvFFN(nn.Module):

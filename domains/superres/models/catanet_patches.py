@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domains.superres.models.catanet_layers import ConvFFN, from_heads, head_width, matrix, to_heads
+from domains.superres.models.catanet_layers import ConvFFN, from_heads, head_width, to_heads
 from zoo.attention import attend
-from zoo.attention.layers import create_attention, find_layer, layer_options
+from zoo.attention.layers import create_map_attention
+from zoo.layers.linear import matrix
 
 OVERLAP = 2
 CHUNK = 2**14
@@ -133,9 +134,7 @@ class LocalAttention(nn.Module):
             self.qkv = nn.Linear(dim, sum(self.parts), bias=False)
             self.proj = nn.Linear(dim, dim, bias=False)
         else:
-            name = attention if isinstance(attention, str) else str(attention.get("name"))
-            grid = {"shape": (patch_size,) * 2} if "shape" in layer_options(find_layer(name)) else {}
-            self.layer = create_attention(attention, dim, causal=False, num_heads=num_heads, **grid)
+            self.layer = create_map_attention(attention, dim, (patch_size,) * 2, num_heads=num_heads)
         self.mlp = ConvFFN(dim, mlp_dim)
 
     def forward(self, x: Tensor) -> Tensor:

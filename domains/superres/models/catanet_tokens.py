@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from domains.superres.models.catanet_layers import ConvFFN, from_heads, head_width, matrix, to_heads
+from domains.superres.models.catanet_layers import ConvFFN, from_heads, head_width, to_heads
 from zoo.attention import attend
+from zoo.layers.linear import matrix
 
 DECAY = 0.999
 """Of the moving average of the centres."""

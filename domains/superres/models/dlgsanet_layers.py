@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention import attend
-from zoo.attention.kernels import Kernel, softmax
+from zoo.attention.kernels import Kernel, softmax, wide
 from zoo.errors import ConfigError
 from zoo.layers.dynamic_conv import predicted_conv
+from zoo.layers.linear import matrix
 
-BAND = 16384
-"""Pixels that pass through the wide part of a branch at once in inference on a CPU, to stay in its cache."""
+TILE = (64, 64)
+"""Rows and columns that pass through the wide part of a branch at once in inference on a CPU, to stay in its
+cache."""
 
 
 def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -32,26 +36,32 @@ def times(x: Tensor, factor: Tensor) -> Tensor:
     return (x * factor).to(x.dtype) if torch.is_grad_enabled() else x.mul_(factor)
 
 
-def in_bands(branch: Callable[[Tensor], Tensor], x: Tensor, halo: int) -> Tensor:
-    """`branch(x)`, of bands of rows one after the other where no gradient is asked for.
+def in_tiles(branch: Callable[[Tensor], Tensor], x: Tensor, halo: int) -> Tensor:
+    """`branch(x)`, of tiles one after the other where no gradient is asked for.
 
     Args:
-        branch: `(B, H, W, C) -> (B, H, W, D)`; a pixel depends on rows at most `halo` away.
+        branch: `(B, H, W, C) -> (B, H, W, D)`; a pixel depends on rows and columns at most `halo` away.
     """
     height, width = x.shape[1:3]
-    rows = max(1, BAND // width)
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu"
-    if whole or rows >= height:
+    if whole or (height <= TILE[0] and width <= TILE[1]):
         return branch(x)
-    rows = -(-height // -(-height // rows))
     out = x.new_empty(0)
-    for top in range(0, height, rows):
-        first, stop = max(0, top - halo), min(height, top + rows)
-        part = branch(x[:, first : stop + halo])[:, top - first : stop - first]
-        if top == 0:
-            out = part.new_empty(len(x), height, *part.shape[2:])
-        out[:, top:stop] = part
+    for top, bottom in _parts(height, TILE[0]):
+        for left, right in _parts(width, TILE[1]):
+            above, before = max(0, top - halo), max(0, left - halo)
+            part = branch(x[:, above : bottom + halo, before : right + halo])
+            if top == left == 0:
+                out = part.new_empty(*x.shape[:3], part.shape[3])
+            inner = part[:, top - above :, left - before :]
+            out[:, top:bottom, left:right] = inner[:, : bottom - top, : right - left]
     return out
+
+
+def _parts(size: int, most: int) -> list[tuple[int, int]]:
+    """Starts and stops of parts of about the same size, at most `most`."""
+    count = -(-size // most)
+    return list(pairwise(round(i * size / count) for i in range(count + 1)))
 
 
 # ---- local attention ---------------------------------------------------------------------------------------
@@ -88,18 +98,18 @@ class LocalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        value = self.value(x)
-        return self.proj(self._dynamic(x, value) if self.dynamic else convolved(self.conv, value))
+        if not self.dynamic:
+            return self.proj(convolved(self.conv, self.value(x)))
+        return self.proj(self._dynamic(x).permute(0, 2, 3, 1))
 
-    def _dynamic(self, x: Tensor, value: Tensor) -> Tensor:
-        """Filters come from the values; both projections together are one matrix."""
-        weight = self.squeeze.weight @ self.value.weight
-        features = F.linear(x, weight, self.squeeze.bias).permute(0, 3, 1, 2)
-        made = self.filters
-        out = predicted_conv(
-            value.permute(0, 3, 1, 2), self.spread(features), made.weight, made.bias, self.groups
-        )
-        return out.permute(0, 2, 3, 1)
+    def _dynamic(self, x: Tensor) -> Tensor:
+        """`(B, H, W, C) -> (B, C, H, W)`; filters come from the values: both projections are one matrix."""
+        weight, bias = matrix(self.value), self.squeeze.bias
+        both = torch.cat([weight, matrix(self.squeeze) @ weight])
+        made = torch.matmul(both.expand(len(x), -1, -1), x.flatten(1, 2).mT).unflatten(2, x.shape[1:3])
+        value, features = made.split([len(weight), len(bias)], 1)
+        features = self.spread(features + bias[:, None, None].to(features.dtype))
+        return predicted_conv(value, features, matrix(self.filters), self.filters.bias, self.groups)
 
 
 # ---- attention between channels ----------------------------------------------------------------------------
@@ -135,11 +145,34 @@ def tlc_windows(size: int, kernel: int) -> list[int]:
     return [*starts, size - kernel]
 
 
+class Axis(NamedTuple):
+    """An axis of the map, cut into cells by the borders of its windows."""
+
+    cells: list[slice]
+    inside: Tensor
+    """`(windows, cells)`, 1 where the window covers the cell, else 0."""
+
+
+def tlc_axis(size: int, kernel: int, like: Tensor) -> Axis:
+    """The cells of the windows of `min(kernel, size)` pixels."""
+    kernel = min(kernel, size)
+    starts = tlc_windows(size, kernel)
+    borders = sorted({*starts, *[start + kernel for start in starts]})
+    first, stop = torch.tensor(borders[:-1]), torch.tensor(borders[1:])
+    start = torch.tensor(starts)[:, None]
+    inside = (start <= first) & (stop <= start + kernel)
+    return Axis([slice(*pair) for pair in pairwise(borders)], inside.to(like))
+
+
 class ChannelAttention(nn.Module):
     """SparseGSA (section 3.3): channels attend to the channels of their head, over all pixels.
 
     In evaluation with `tlc_kernel`, over the pixels of overlapping windows of about the size of training
     crops, whose results are averaged; in training always over the whole crop.
+
+    Queries and keys are needed only for their products over all pixels of a window. These are made once for
+    each cell between the borders of windows, and added up to windows; and weights averaged over the windows
+    of a cell are one matrix together with the last projection.
 
     Args:
         dim: C.
@@ -162,44 +195,70 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """`(B, H, W, C) -> (B, H, W, C)` of `norm(x)`."""
-        qkv = in_bands(lambda part: convolved(self.qkv_conv, self.qkv(norm(part))), x, 1)
-        qkv = qkv.unflatten(3, (3, self.num_heads, -1)).permute(3, 0, 4, 5, 1, 2)  # (3, B, heads, c, H, W)
-        out = self._mixed(qkv) if self.training or self.tlc_kernel is None else self._in_windows(qkv)
-        return self.proj(out.flatten(1, 2).permute(0, 2, 3, 1))
+        qkv = in_tiles(lambda part: convolved(self.qkv_conv, self.qkv(norm(part))), x, 1)
+        kernel = None if self.training else self.tlc_kernel
+        rows, columns = (tlc_axis(size, kernel or size, wide(qkv[:0])) for size in x.shape[1:3])
+        with torch.autocast(x.device.type, enabled=False):
+            products = _products(qkv, rows.cells, columns.cells)
+            matrices = self._matrices(products, rows.inside, columns.inside)
+        return _applied(matrices.to(qkv.dtype), qkv, rows.cells, columns.cells)
 
-    def _in_windows(self, qkv: Tensor) -> Tensor:
-        """The mean over the windows that cover a pixel."""
-        assert self.tlc_kernel is not None
-        height, width = qkv.shape[-2:]
-        tall, wide = min(self.tlc_kernel, height), min(self.tlc_kernel, width)
-        tops, lefts = tlc_windows(height, tall), tlc_windows(width, wide)
-        if len(tops) == len(lefts) == 1:
-            return self._mixed(qkv)
-        total = qkv.new_zeros(qkv.shape[1:])
-        for top in tops:
-            for left in lefts:
-                rows, columns = slice(top, top + tall), slice(left, left + wide)
-                total[..., rows, columns] += self._mixed(qkv[..., rows, columns])
-        return total / (_coverage(tops, tall, total, -2)[:, None] * _coverage(lefts, wide, total, -1))
+    def _matrices(self, products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Attention and last projection of each cell: `(R, S, B, C, C + 2) -> (R, S, B, C in, C out)`.
 
-    def _mixed(self, qkv: Tensor) -> Tensor:
-        """`(3, B, heads, c, H, W) -> (B, heads, c, H, W)`"""
-        q, k, v = qkv.contiguous().flatten(4)
-        q, k = times(q, self.temperature / _length(q)), times(k, 1 / _length(k))
-        out = attend(q, k, v, scale=1.0, kernel=self.kernel)
-        return out.unflatten(3, qkv.shape[-2:])
+        Args:
+            products: of queries and keys, as from `_products`.
+            rows, columns: which windows cover which cells.
+        """
+        products = _over(products, rows, columns)
+        weights = self._weights(products.flatten(0, 2)).unflatten(0, products.shape[:3])
+        weights = _over(weights, (rows / rows.sum(0)).T, (columns / columns.sum(0)).T)
+        proj = matrix(self.proj).to(weights.dtype).unflatten(1, (self.num_heads, -1))
+        return torch.einsum("ohi,rsbhij->rsbhjo", proj, weights).flatten(3, 4)
 
+    def _weights(self, products: Tensor) -> Tensor:
+        """`(n, C, C + 2)` of windows to weights `(n, heads, c, c)`.
 
-def _length(rows: Tensor) -> Tensor:
-    """At least 1e-12; that of half precision is added up in float32."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype).clamp_min(1e-12)
+        What is attended to are unit vectors, so that the result is the weights themselves.
+        """
+        by_head = products.unflatten(1, (self.num_heads, -1))  # (n, heads, c, C + 2)
+        own = by_head[..., :-2].unflatten(3, (self.num_heads, -1)).diagonal(dim1=1, dim2=3)
+        lengths = by_head[..., -2:].clamp_min(1e-24).sqrt()
+        scores = own.permute(0, 3, 1, 2) * (self.temperature / lengths[..., :1]) / lengths[..., 1:].mT
+        unit = torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device).expand(scores.shape)
+        return attend(scores, unit, unit, scale=1.0, kernel=self.kernel)
 
 
-def _coverage(starts: list[int], kernel: int, like: Tensor, axis: int) -> Tensor:
-    """How many windows cover each place of an axis."""
-    places = torch.arange(like.shape[axis], device=like.device)
-    return sum(((places >= start) & (places < start + kernel)).to(like.dtype) for start in starts)  # pyright: ignore
+def _products(qkv: Tensor, rows: list[slice], columns: list[slice]) -> Tensor:
+    """Sums over the pixels of each of R x S cells, half precision in float32: `(R, S, B, C, C + 2)`.
+
+    They are products of queries with keys, and the squares of each query and of each key channel.
+    """
+    dim = qkv.shape[3] // 3
+    sums = []
+    for row in rows:
+        for column in columns:
+            cell = wide(qkv[:, row, column, : 2 * dim].flatten(1, 2))
+            squares = cell.square().sum(1).unflatten(1, (2, dim)).mT
+            sums.append(torch.cat([cell[..., :dim].mT @ cell[..., dim:], squares], 2))
+    return torch.stack(sums).unflatten(0, (len(rows), len(columns)))
+
+
+def _over(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`(R, S, ...) -> (T, U, ...)`: sums by `rows` `(T, R)` and `columns` `(U, S)`."""
+    over_rows = (rows @ x.flatten(1)).view(len(rows), x.shape[1], -1)
+    return (columns @ over_rows).view(len(rows), len(columns), *x.shape[2:])
+
+
+def _applied(matrices: Tensor, qkv: Tensor, rows: list[slice], columns: list[slice]) -> Tensor:
+    """The values `(B, H, W, C)` of each cell times its matrix."""
+    v = qkv[..., 2 * matrices.shape[3] :]
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for row, line in zip(rows, matrices, strict=True):
+        for column, combined in zip(columns, line, strict=True):
+            cell = v[:, row, column]
+            out[:, row, column] = (cell.flatten(1, 2) @ combined).unflatten(1, cell.shape[1:3])
+    return out
 
 
 # ---- feed-forward ------------------------------------------------------------------------------------------
@@ -217,8 +276,14 @@ class GatedMLP(nn.Module):
     halo = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = convolved(self.conv, self.fc1(x)).chunk(2, -1)
+        halves = zip(matrix(self.fc1).chunk(2), self.conv.weight.chunk(2), strict=True)
+        a, b = (_depthwise(F.linear(x, linear), conv) for linear, conv in halves)
         return self.fc2(times(F.gelu(a), b))
+
+
+def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """3 x 3, of a map `(B, H, W, C)`."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1, groups=len(weight)).permute(0, 2, 3, 1)
 
 
 class MLP(nn.Module):
@@ -269,7 +334,7 @@ class Layer(nn.Module):
             x = x + self.mixer(x, self.norm1)
         else:
             x = x + self.mixer(self.norm1(x))
-        return in_bands(lambda part: part + self.mlp(self.norm2(part)), x, self.mlp.halo)
+        return in_tiles(lambda part: part + self.mlp(self.norm2(part)), x, self.mlp.halo)
 
 
 def softmax_or(activation: str | None) -> Kernel:

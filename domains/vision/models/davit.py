@@ -26,7 +26,7 @@ from zoo.attention.layers.multihead import split_heads
 from zoo.attention.maps import from_windows, padded, windows
 from zoo.errors import ConfigError
 from zoo.layers.conv import ChannelNorm, add_identity_
-from zoo.registry import register_model
+from zoo.registry import register_model, variant
 
 
 class WindowAttention(nn.Module):
@@ -208,112 +208,34 @@ _register = partial(
     preprocessing={"resize": "235, bicubic", "crop": "224, centre", "normalise": "ImageNet mean and std"},
 )
 
-Sizes = Sequence[int]
+_BASE = {"depths": (1, 1, 9, 1), "embed_dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32)}
+_LARGE = {"depths": (1, 1, 9, 1), "embed_dims": (192, 384, 768, 1536), "num_heads": (6, 12, 24, 48)}
+_HUGE = {"depths": (1, 1, 9, 1), "embed_dims": (256, 512, 1024, 2048), "num_heads": (8, 16, 32, 64)}
+_GIANT = {"depths": (1, 1, 12, 3), "embed_dims": (384, 768, 1536, 3072), "num_heads": (12, 24, 48, 96)}
+_FLORENCE = {"window_size": 12, "down_kernel_size": 3, "affinity": "qk", "img_size": 768}
 
-
-@_register(
+_register(
     summary="Windows and channel groups, 28 M: 82.8 % on ImageNet-1k (paper)",
     weights=("davit_tiny_msft_in1k",),
-)
-def davit_tiny(**kwargs: Any) -> DaViT:
-    return DaViT(**kwargs)
-
-
-@_register(
+)(variant("davit_tiny", DaViT))
+_register(
     summary="Windows and channel groups, 50 M: 84.2 % on ImageNet-1k (paper)",
     weights=("davit_small_msft_in1k",),
-)
-def davit_small(*, depths: Sizes = (1, 1, 9, 1), **kwargs: Any) -> DaViT:
-    return DaViT(depths=depths, **kwargs)
-
-
-@_register(
+)(variant("davit_small", DaViT, depths=(1, 1, 9, 1)))
+_register(
     summary="Windows and channel groups, 88 M: 84.6 % on ImageNet-1k (paper)",
     weights=("davit_base_msft_in1k",),
-)
-def davit_base(
-    *,
-    depths: Sizes = (1, 1, 9, 1),
-    embed_dims: Sizes = (128, 256, 512, 1024),
-    num_heads: Sizes = (4, 8, 16, 32),
-    **kwargs: Any,
-) -> DaViT:
-    return DaViT(depths=depths, embed_dims=embed_dims, num_heads=num_heads, **kwargs)
-
-
-@_register(summary="Windows and channel groups, 197 M")
-def davit_large(
-    *,
-    depths: Sizes = (1, 1, 9, 1),
-    embed_dims: Sizes = (192, 384, 768, 1536),
-    num_heads: Sizes = (6, 12, 24, 48),
-    **kwargs: Any,
-) -> DaViT:
-    return DaViT(depths=depths, embed_dims=embed_dims, num_heads=num_heads, **kwargs)
-
-
-@_register(summary="Windows and channel groups, 349 M")
-def davit_huge(
-    *,
-    depths: Sizes = (1, 1, 9, 1),
-    embed_dims: Sizes = (256, 512, 1024, 2048),
-    num_heads: Sizes = (8, 16, 32, 64),
-    **kwargs: Any,
-) -> DaViT:
-    return DaViT(depths=depths, embed_dims=embed_dims, num_heads=num_heads, **kwargs)
-
-
-@_register(summary="Windows and channel groups, 1.4 G")
-def davit_giant(
-    *,
-    depths: Sizes = (1, 1, 12, 3),
-    embed_dims: Sizes = (384, 768, 1536, 3072),
-    num_heads: Sizes = (12, 24, 48, 96),
-    **kwargs: Any,
-) -> DaViT:
-    return DaViT(depths=depths, embed_dims=embed_dims, num_heads=num_heads, **kwargs)
-
+)(variant("davit_base", DaViT, **_BASE))
+_register(summary="Windows and channel groups, 197 M")(variant("davit_large", DaViT, **_LARGE))
+_register(summary="Windows and channel groups, 349 M")(variant("davit_huge", DaViT, **_HUGE))
+_register(summary="Windows and channel groups, 1.4 G")(variant("davit_giant", DaViT, **_GIANT))
 
 _register_florence = partial(_register, source="https://huggingface.co/microsoft/Florence-2-base")
-
-
-@_register_florence(
+_register_florence(
     summary="The image tower of Florence-2 base, 91 M; made for 768 x 768",
     weights=("davit_base_fl_msft_florence2",),
-)
-def davit_base_fl(
-    *,
-    window_size: int = 12,
-    down_kernel_size: int = 3,
-    affinity: Literal["kv", "qk"] = "qk",
-    img_size: int | Sizes = 768,
-    **kwargs: Any,
-) -> nn.Module:
-    return davit_base(
-        window_size=window_size,
-        down_kernel_size=down_kernel_size,
-        affinity=affinity,
-        img_size=img_size,
-        **kwargs,
-    )
-
-
-@_register_florence(
+)(variant("davit_base_fl", DaViT, **_BASE, **_FLORENCE))
+_register_florence(
     summary="The image tower of Florence-2 large, 363 M; made for 768 x 768",
     weights=("davit_huge_fl_msft_florence2",),
-)
-def davit_huge_fl(
-    *,
-    window_size: int = 12,
-    down_kernel_size: int = 3,
-    affinity: Literal["kv", "qk"] = "qk",
-    img_size: int | Sizes = 768,
-    **kwargs: Any,
-) -> nn.Module:
-    return davit_huge(
-        window_size=window_size,
-        down_kernel_size=down_kernel_size,
-        affinity=affinity,
-        img_size=img_size,
-        **kwargs,
-    )
+)(variant("davit_huge_fl", DaViT, **_HUGE, **_FLORENCE))

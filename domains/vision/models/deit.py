@@ -11,11 +11,11 @@ from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
-from domains.vision.attention import Choice, on_tokens
+from domains.vision.attention import Choice
 from domains.vision.class_token import ClassTokenBackbone, TokenNorm, Tokens, apart
 from domains.vision.resizing import resized_table
 from domains.vision.vit import initialise
-from zoo.attention.layers import AttentionLayer, create_attention
+from zoo.attention.layers import AttentionLayer, create_attention, on_tokens
 
 
 class PatchesAndClass(nn.Module):

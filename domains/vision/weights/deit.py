@@ -19,6 +19,7 @@ class DeiTOfficial(RenamedLayout):
     """State dicts of the classifier; tables of another size are resized, as for images of another size."""
 
     first_conv = "patch_embed.proj.weight"
+    same = ("num_heads", "img_size", "num_classes", "drop_rate", "drop_path_rate")
     renames = (
         (r"^stem\.proj", "patch_embed.proj"),
         (r"^stem\.", ""),
@@ -38,10 +39,10 @@ class DeiTOfficial(RenamedLayout):
         return state
 
     @staticmethod
-    def shared_config(state_dict: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
-        """What the tensors tell, and what is given beside them."""
+    def shared_config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+        """What the tensors of both families tell."""
         first = state_dict["patch_embed.proj.weight"]
-        config: dict[str, Any] = {
+        return {
             "patch_size": first.shape[2],
             "in_chans": first.shape[1],
             "embed_dim": first.shape[0],
@@ -51,7 +52,6 @@ class DeiTOfficial(RenamedLayout):
             "num_classes": len(state_dict.get("head.weight", ())),
             "img_size": first.shape[2] * math.isqrt(state_dict["pos_embed"].shape[1] - 1),
         }
-        return config | {name: value for name, value in given.items() if value is not None}
 
 
 class AgentDeiTOfficial(DeiTOfficial):
@@ -59,50 +59,21 @@ class AgentDeiTOfficial(DeiTOfficial):
 
     @staticmethod
     def config(
-        state_dict: dict[str, Tensor],
-        *,
-        agent_num: int | Sequence[int] | None = None,
-        num_heads: int | None = None,
-        img_size: int | None = None,
-        num_classes: int | None = None,
-        drop_rate: float | None = None,
-        drop_path_rate: float | None = None,
+        state_dict: dict[str, Tensor], *, agent_num: int | Sequence[int] | None = None
     ) -> dict[str, Any]:
         """All but the rates is in the file, if its images were squares."""
         heads, agents = state_dict["blocks.0.attn.an_bias"].shape[:2]
         if not isinstance(agent_num, int | None) and set(agent_num) != {agents}:
             raise ConfigError(f"agent_num={agent_num}: blocks that differ in their agents are not here.")
-        given = {
-            "agent_num": agent_num if isinstance(agent_num, int) else agents,
-            "num_heads": num_heads or heads,
-            "img_size": img_size,
-            "num_classes": num_classes,
-            "drop_rate": drop_rate,
-            "drop_path_rate": drop_path_rate,
-        }
-        return DeiTOfficial.shared_config(state_dict, given)
+        found = {"agent_num": agent_num if isinstance(agent_num, int) else agents, "num_heads": heads}
+        return DeiTOfficial.shared_config(state_dict) | found
 
 
 class InLineDeiTOfficial(DeiTOfficial):
     """State dicts of InLine-DeiT."""
 
     @staticmethod
-    def config(
-        state_dict: dict[str, Tensor],
-        *,
-        num_heads: int | None = None,
-        img_size: int | None = None,
-        num_classes: int | None = None,
-        drop_rate: float | None = None,
-        drop_path_rate: float | None = None,
-    ) -> dict[str, Any]:
+    def config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         """All but the rates is in the file, if its images were squares."""
         groups = state_dict["blocks.0.attn.residual.0.weight"]
-        given = {
-            "num_heads": num_heads or len(groups) // groups.shape[1],
-            "img_size": img_size,
-            "num_classes": num_classes,
-            "drop_rate": drop_rate,
-            "drop_path_rate": drop_path_rate,
-        }
-        return DeiTOfficial.shared_config(state_dict, given)
+        return DeiTOfficial.shared_config(state_dict) | {"num_heads": len(groups) // groups.shape[1]}

@@ -15,6 +15,18 @@ class DHVTOfficial(RenamedLayout):
     """State dicts of the classifier."""
 
     first_conv = "patch_embed.proj.0.0.weight"
+    same = (
+        "img_size",
+        "patch_size",
+        "in_chans",
+        "num_classes",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "drop_rate",
+        "drop_path_rate",
+    )
     renames = (
         (r"^stem\.cls_token", "cls_token"),
         (r"^stem\.convs\.(\d+)\.conv", r"patch_embed.proj.\1.0"),
@@ -39,21 +51,7 @@ class DHVTOfficial(RenamedLayout):
         return state
 
     @staticmethod
-    def config(
-        state_dict: dict[str, Tensor],
-        *,
-        img_size: int | None = None,
-        patch_size: int | None = None,
-        in_chans: int | None = None,
-        num_classes: int | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float | None = None,
-        drop_rate: float | None = None,
-        drop_path_rate: float | None = None,
-        apply_dhvt: bool = True,
-    ) -> dict[str, Any]:
+    def config(state_dict: dict[str, Tensor], *, apply_dhvt: bool = True) -> dict[str, Any]:
         """All but img_size and the rates is in the file.
 
         Raises:
@@ -68,7 +66,7 @@ class DHVTOfficial(RenamedLayout):
         ]
         dim = state_dict["cls_token"].shape[2]
         blocks = {name.split(".")[1] for name in state_dict if name.startswith("blocks.")}
-        config: dict[str, Any] = {
+        return {
             "patch_size": 2 ** len(convolutions),
             "in_chans": state_dict[DHVTOfficial.first_conv].shape[1],
             "num_classes": len(state_dict["head.weight"]) if "head.weight" in state_dict else 0,
@@ -77,16 +75,3 @@ class DHVTOfficial(RenamedLayout):
             "num_heads": state_dict["blocks.0.attn.pos_embed"].shape[1],
             "mlp_ratio": len(state_dict["blocks.0.mlp.conv1.weight"]) / dim,
         }
-        asked = {
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "in_chans": in_chans,
-            "num_classes": num_classes,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "drop_rate": drop_rate,
-            "drop_path_rate": drop_path_rate,
-        }
-        return config | {name: value for name, value in asked.items() if value is not None}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from domains.vision.models.efficientvit_blocks import resized_table
 from domains.vision.weights.layout import VisionLayout
 from zoo.errors import CheckpointError
 
@@ -161,8 +162,6 @@ class EfficientViTOfficial(VisionLayout):
         cls, state_dict: dict[str, Tensor], expected: dict[str, Tensor], model: nn.Module
     ) -> dict[str, Tensor]:
         """Position tables are interpolated, bicubic, to windows of another size."""
-        from domains.vision.models.efficientvit import resized_table
-
         state = super().fitted(state_dict, expected, model)
         for name, own in expected.items():
             if name.endswith(".attention_biases") and name in state and state[name].shape != own.shape:

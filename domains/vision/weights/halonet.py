@@ -15,6 +15,7 @@ class HaloNetOfficial(RenamedLayout):
 
     first_conv = "stem.conv1.conv.weight"
     head = ("head.fc.*",)
+    same = ("num_classes", "in_chans", "drop_rate", "drop_path_rate")
     maps = ("*.self_attn.q.weight", "*.self_attn.kv.weight")
     renames = (
         (r"^stem\.(\d)\.", lambda m: f"stem.conv{int(m[1]) // 2 + 1}."),
@@ -31,21 +32,12 @@ class HaloNetOfficial(RenamedLayout):
     )
 
     @staticmethod
-    def config(
-        state_dict: dict[str, Tensor],
-        *,
-        num_classes: int | None = None,
-        in_chans: int | None = None,
-        drop_rate: float | None = None,
-        drop_path_rate: float | None = None,
-    ) -> dict[str, Any]:
+    def config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         """Which blocks attend, widths and depths are read from the tensors."""
-        given = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
-        found = {
-            "in_chans": in_chans or state_dict[HaloNetOfficial.first_conv].shape[1],
-            "num_classes": num_classes or len(state_dict.get("head.fc.weight", ())),
+        return {
+            "in_chans": state_dict[HaloNetOfficial.first_conv].shape[1],
+            "num_classes": len(state_dict.get("head.fc.weight", ())),
         } | _stages(state_dict)
-        return found | {name: value for name, value in given.items() if value is not None}
 
 
 def _stages(state_dict: dict[str, Tensor]) -> dict[str, Any]:

@@ -35,6 +35,20 @@ class PVTOfficial(VisionLayout):
     """What both families share; tables of another size are resized, as for images of another size."""
 
     first_conv = "patch_embed1.proj.weight"
+    same = (
+        "num_heads",
+        "sr_ratios",
+        "img_size",
+        "patch_size",
+        "embed_dims",
+        "mlp_ratios",
+        "depths",
+        "qkv_bias",
+        "num_classes",
+        "in_chans",
+        "drop_rate",
+        "drop_path_rate",
+    )
 
     @staticmethod
     def to_zoo(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -106,8 +120,8 @@ def _resized_positions(name: str, table: Tensor, shape: Sequence[int]) -> Tensor
     return F.interpolate(square, tuple(shape), mode="bilinear").flatten(2).mT
 
 
-def _config(state_dict: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
-    """What the tensors tell, and what they do not."""
+def _config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """What the tensors of both families tell."""
     numbers = [re.match(r"block(\d+)\.(\d+)\.", name) for name in state_dict]
     blocks = {(int(found[1]), int(found[2])) for found in numbers if found}
     levels = max(stage for stage, _ in blocks)
@@ -115,7 +129,7 @@ def _config(state_dict: dict[str, Tensor], given: dict[str, Any]) -> dict[str, A
     hidden = [len(state_dict[f"block{i}.0.mlp.fc1.weight"]) for i in range(1, levels + 1)]
     first = state_dict[PVTOfficial.first_conv]
     side = math.isqrt(state_dict["pos_embed1"].shape[1])
-    config: dict[str, Any] = {
+    return {
         "embed_dims": dims,
         "depths": [sum(stage == i for stage, _ in blocks) for i in range(1, levels + 1)],
         "mlp_ratios": [width / dim for width, dim in zip(hidden, dims, strict=True)],
@@ -125,7 +139,6 @@ def _config(state_dict: dict[str, Tensor], given: dict[str, Any]) -> dict[str, A
         "num_classes": len(state_dict.get("head.weight", ())),
         "img_size": first.shape[2] * side,
     }
-    return config | {name: value for name, value in given.items() if value is not None}
 
 
 def _digits(ratios: str | Sequence[int] | None) -> list[int] | None:
@@ -136,42 +149,17 @@ def _digits(ratios: str | Sequence[int] | None) -> list[int] | None:
 class AgentPVTOfficial(PVTOfficial):
     """State dicts of Agent-PVT."""
 
+    same = (*PVTOfficial.same, "agent_num")
+
     @staticmethod
     def config(
         state_dict: dict[str, Tensor],
         *,
-        agent_num: Sequence[int] | None = None,
         attn_type: str | None = None,
         agent_sr_ratios: str | Sequence[int] | None = None,
-        sr_ratios: Sequence[int] | None = None,
-        img_size: int | Sequence[int] | None = None,
-        patch_size: int | None = None,
-        embed_dims: Sequence[int] | None = None,
-        num_heads: Sequence[int] | None = None,
-        mlp_ratios: Sequence[float] | None = None,
-        depths: Sequence[int] | None = None,
-        qkv_bias: bool | None = None,
-        num_classes: int | None = None,
-        in_chans: int | None = None,
-        drop_rate: float | None = None,
-        drop_path_rate: float | None = None,
     ) -> dict[str, Any]:
         """Most is read from the tensors; heads from the tables of agents, where there are any."""
-        given = {
-            "attn_types": attn_type,
-            "sr_ratios": sr_ratios,
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "embed_dims": embed_dims,
-            "mlp_ratios": mlp_ratios,
-            "depths": depths,
-            "qkv_bias": qkv_bias,
-            "num_classes": num_classes,
-            "in_chans": in_chans,
-            "drop_rate": drop_rate,
-            "drop_path_rate": drop_path_rate,
-        }
-        config = _config(state_dict, given)
+        config = _config(state_dict)
         levels = range(1, 1 + len(config["depths"]))
         tables = {i: state_dict.get(f"block{i}.0.attn.an_bias") for i in levels}
         patches = {i: state_dict.get(f"block{i}.0.attn.sr.weight") for i in levels}
@@ -179,13 +167,11 @@ class AgentPVTOfficial(PVTOfficial):
         ratios = [1 if weight is None else weight.shape[2] for weight in patches.values()]
         found: dict[str, Any] = {
             "attn_types": attn_type or letters,
-            "agent_num": agent_num or [9 if t is None else t.shape[1] for t in tables.values()],
+            "agent_num": [9 if t is None else t.shape[1] for t in tables.values()],
             "agent_sr_ratios": _digits(agent_sr_ratios) or ratios,
-            "sr_ratios": sr_ratios or ratios,
+            "sr_ratios": ratios,
         }
-        if num_heads is not None:
-            found["num_heads"] = num_heads
-        elif "B" not in letters:
+        if "B" not in letters:
             found["num_heads"] = [len(table) for table in tables.values() if table is not None]
         return config | found
 
@@ -197,51 +183,23 @@ class InLinePVTOfficial(PVTOfficial):
     def config(
         state_dict: dict[str, Tensor],
         *,
-        num_heads: Sequence[int] | None = None,
         attn_type: str | None = None,
         la_sr_ratios: str | Sequence[int] | None = None,
-        sr_ratios: Sequence[int] | None = None,
-        img_size: int | Sequence[int] | None = None,
-        patch_size: int | None = None,
-        embed_dims: Sequence[int] | None = None,
-        mlp_ratios: Sequence[float] | None = None,
-        depths: Sequence[int] | None = None,
-        qkv_bias: bool | None = None,
-        num_classes: int | None = None,
-        in_chans: int | None = None,
-        drop_rate: float | None = None,
-        drop_path_rate: float | None = None,
     ) -> dict[str, Any]:
         """Most is read from the tensors; the official program fails with other `la_sr_ratios` than 1."""
         if set(_digits(la_sr_ratios) or [1]) != {1}:
             raise CheckpointError(
                 f"la_sr_ratios={la_sr_ratios!r}: the official program itself fails unless 1."
             )
-        config = _config(
-            state_dict,
-            {
-                "img_size": img_size,
-                "patch_size": patch_size,
-                "embed_dims": embed_dims,
-                "mlp_ratios": mlp_ratios,
-                "depths": depths,
-                "qkv_bias": qkv_bias,
-                "num_classes": num_classes,
-                "in_chans": in_chans,
-                "drop_rate": drop_rate,
-                "drop_path_rate": drop_path_rate,
-            },
-        )
+        config = _config(state_dict)
         levels = range(1, 1 + len(config["depths"]))
         groups = {i: state_dict.get(f"block{i}.0.attn.residual.0.weight") for i in levels}
         letters = "".join("B" if weight is None else "I" for weight in groups.values())
         patches = {i: state_dict.get(f"block{i}.0.attn.sr.weight") for i in levels}
         found: dict[str, Any] = {
             "attn_types": attn_type or letters,
-            "sr_ratios": sr_ratios or [1 if w is None else w.shape[2] for w in patches.values()],
+            "sr_ratios": [1 if w is None else w.shape[2] for w in patches.values()],
         }
-        if num_heads is not None:
-            found["num_heads"] = num_heads
-        elif "B" not in letters:
+        if "B" not in letters:
             found["num_heads"] = [len(w) // w.shape[1] for w in groups.values() if w is not None]
         return config | found

@@ -15,6 +15,17 @@ class SpectFormerOfficial(RenamedLayout):
     """State dicts of the classifier. Position embeddings and filters are resized to the model's grid."""
 
     first_conv = "patch_embed.proj.weight"
+    same = (
+        "img_size",
+        "patch_size",
+        "in_chans",
+        "num_classes",
+        "embed_dim",
+        "depth",
+        "mlp_ratio",
+        "drop_rate",
+        "drop_path_rate",
+    )
     renames = (
         (r"^stem\.pos_embed", "pos_embed"),
         (r"^stem\.", "patch_embed."),
@@ -37,23 +48,11 @@ class SpectFormerOfficial(RenamedLayout):
         return state
 
     @staticmethod
-    def config(
-        state_dict: dict[str, Tensor],
-        *,
-        img_size: int | None = None,
-        patch_size: int | None = None,
-        in_chans: int | None = None,
-        num_classes: int | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        mlp_ratio: float | None = None,
-        drop_rate: float | None = None,
-        drop_path_rate: float | None = None,
-    ) -> dict[str, Any]:
+    def config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         """All but the rates is in the file, if the grid is square."""
         dim, channels, patch, _ = state_dict["patch_embed.proj.weight"].shape
         blocks = {name.split(".")[1] for name in state_dict if name.startswith("blocks.")}
-        config: dict[str, Any] = {
+        return {
             "img_size": patch * int(state_dict["pos_embed"].shape[1] ** 0.5),
             "patch_size": patch,
             "in_chans": channels,
@@ -63,15 +62,3 @@ class SpectFormerOfficial(RenamedLayout):
             "num_spectral": sum(name.endswith("complex_weight") for name in state_dict),
             "mlp_ratio": len(state_dict["blocks.0.mlp.fc1.weight"]) / dim,
         }
-        asked = {
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "in_chans": in_chans,
-            "num_classes": num_classes,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "mlp_ratio": mlp_ratio,
-            "drop_rate": drop_rate,
-            "drop_path_rate": drop_path_rate,
-        }
-        return config | {name: value for name, value in asked.items() if value is not None}

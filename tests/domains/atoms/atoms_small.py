@@ -12,10 +12,8 @@ from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
-from typer.testing import CliRunner
 
 from domains.atoms.sources import Frame
-from zoo.cli import app
 
 TINY_MODEL = (
     "model=escaip_mini",
@@ -28,16 +26,6 @@ TINY_MODEL = (
     "model.edge_distance_embedding_size=8",
     "model.frequency_list=[2,1,1]",
 )
-QUIET = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "logger.tensorboard=false")
-
-
-def zoo(verb: str, *arguments: object) -> str:
-    """What the command prints; a ZooError is raised as it is."""
-    result = CliRunner().invoke(app, [verb, *map(str, arguments)], env={"COLUMNS": "140"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def crystal(seed: int = 0, repeat: tuple[int, int, int] = (1, 1, 1), metals: str = "CuAg") -> Atoms:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from atoms_small import QUIET, TINY_MODEL, cluster, mixed_file, save, zoo
+from atoms_small import TINY_MODEL, cluster, mixed_file, save
+from command_line import QUIET, zoo
 
 from domains.atoms.data import AtomsData
 from domains.atoms.sources import read_frames

@@ -23,8 +23,8 @@ from domains.atoms.models.allscaip import AllScAIP
 from domains.atoms.models.potential import Potential
 from domains.atoms.weights.pickled import PARTS
 from zoo.errors import CheckpointError, ConfigError
-from zoo.registry import detect_model, load_weights
 from zoo.weights.checkpoint import load_model, read_state_dict, save_model, save_state_dict
+from zoo.weights.exchange import detect_model, load_weights
 from zoo.weights.formats import FAIRCHEM
 
 BACKBONE: dict[str, Any] = {

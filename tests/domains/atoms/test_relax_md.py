@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 from ase import Atoms, units
@@ -14,13 +15,11 @@ from ase.build import bulk, fcc111, molecule
 from ase.constraints import FixAtoms
 from ase.io import read, write
 from pair_potential import PairPotential, registered
-from typer.testing import CliRunner
 
 import zoo as library
 from domains.atoms import ZooCalculator
 from domains.atoms.md import Course, Moment, draw_velocities
 from domains.atoms.relax import relax_structure
-from zoo.cli import app
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.weights.checkpoint import save_model
 
@@ -38,12 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def zoo(verb: str, *arguments: object, checkpoint: str = "model.safetensors") -> str:
     """What the command prints; a ZooError is raised as it is."""
-    given = [verb, f"checkpoint={checkpoint}", *map(str, arguments), "device=cpu"]
-    result = CliRunner().invoke(app, given, env={"COLUMNS": "140"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+    return command_line.zoo(verb, f"checkpoint={checkpoint}", *arguments, "device=cpu")
 
 
 def crystal(seed: int = 0) -> Atoms:

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from annotated_small import PERSON, box, pose, write_coco
-from typer.testing import CliRunner
+from command_line import QUIET, zoo
 
 from zoo import create_model
-from zoo.cli import app
 from zoo.errors import CheckpointError, DataError
 from zoo.weights.checkpoint import load_model, read_checkpoint
 
@@ -28,17 +27,7 @@ SMALL = (
     "schedule.warmup_steps=0",
 )
 TINY = ("model.num_queries=6", "model.embed_dim=32", "model.ffn_dim=32", "model.num_heads=2")
-QUIET = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "logger.tensorboard=false")
 CATEGORIES = [{"id": 4, "name": "star"}, {"id": 9, "name": "moon"}]
-
-
-def zoo(verb: str, *arguments: object) -> str:
-    """What the command prints; a ZooError is raised as it is."""
-    result = CliRunner().invoke(app, [verb, *map(str, arguments)], env={"COLUMNS": "140"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.fixture(scope="module", autouse=True)

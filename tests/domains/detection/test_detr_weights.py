@@ -14,7 +14,7 @@ import zoo
 from domains.detection.models.group_detr import GroupDETR
 from domains.detection.weights.detect import detect
 from zoo.errors import CheckpointError
-from zoo.registry import detect_model, load_weights
+from zoo.weights.exchange import detect_model, load_weights
 
 SMALL = {"embed_dim": 32, "enc_layers": 1, "dec_layers": 2, "ffn_dim": 16, "backbone": "resnet18"}
 

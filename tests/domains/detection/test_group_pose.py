@@ -17,7 +17,7 @@ from domains.detection.models.multi_scale import projected
 from domains.detection.weights.detect import detect
 from zoo.attention import capture
 from zoo.errors import CheckpointError, ConfigError, DataError
-from zoo.registry import load_weights, to_official
+from zoo.weights.exchange import load_weights, to_official
 
 CPU = torch.device("cpu")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import zoo
+from domains.forecasting.models import folded
 from domains.forecasting.models.chronos2 import Chronos2
 from domains.forecasting.models.groups import RowGroups
 from zoo.attention import backend, capture
@@ -108,6 +111,31 @@ def test_folded_weights_follow_the_weights() -> None:
         with model.folded():
             close(model(x, num_output_patches=1).normalised, plain)
     assert (plain - before).abs().max() > 1e-3
+
+
+def test_a_single_changed_weight_is_noticed() -> None:
+    model, x = small(), series(6)
+    with torch.no_grad():
+        with model.folded():
+            model(x, num_output_patches=1)
+        model.encoder.block[0].layer[2].mlp.wo.weight[1, 3] += 5
+        plain = model(x, num_output_patches=1).normalised
+        with model.folded():
+            close(model(x, num_output_patches=1).normalised, plain)
+
+
+@pytest.mark.parametrize("patches", [1, 7])
+def test_futures_without_covariates_are_projected_once(patches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few or many tokens alike, or with covariates, which make them differ: the same forecast."""
+    model, x = small(), series(6).nan_to_num()
+    for future in (None, torch.randn(6, 8)):
+        options: Any = {"num_output_patches": patches, "future_covariates": future}
+        with torch.no_grad():
+            plain = model(x, **options).normalised
+            for share in (0, 1000):
+                monkeypatch.setattr(folded, "SHARE_ALIKE", share)
+                with model.folded():
+                    close(model(x, **options).normalised, plain)
 
 
 def test_folding_leaves_training_and_adapters_alone() -> None:

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from domains.forecasting.pipeline import Forecaster
 from domains.forecasting.weights import save_folder
 from zoo.cli.predict import app
+from zoo.create import create_model
 from zoo.errors import ConfigError, DataError
-from zoo.registry import create_model
 
 HORIZON = 8
 

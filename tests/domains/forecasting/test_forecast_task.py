@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from domains.forecasting.weights import load_folder, save_folder
 from zoo.cli import app
-from zoo.registry import create_model
+from zoo.create import create_model
 from zoo.weights.checkpoint import load_model
 
 TINY = ["model.d_model=16", "model.d_kv=8", "model.d_ff=16", "model.num_heads=2", "model.num_layers=1"]

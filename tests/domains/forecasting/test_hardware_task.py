@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from domains.forecasting.hardware.simulate import simulate_runs
 from zoo.cli import app
+from zoo.create import create_model
 from zoo.errors import ZooError
-from zoo.registry import create_model
 from zoo.weights.checkpoint import load_model, save_model
 
 TWO = ["chess score", "stream score"]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from domains.forecasting.models.miga import GRU, MIGA, Gate
 from zoo.attention import capture
+from zoo.create import create_model
 from zoo.errors import ConfigError
-from zoo.registry import create_model, get_domain, list_models, model_card
+from zoo.registry import get_domain, list_models, model_card
 
 BACKBONES = ("gru", "conv", "attention")
 SIZES: dict[str, Any] = {

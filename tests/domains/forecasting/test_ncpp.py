@@ -12,6 +12,7 @@ import zoo
 from domains.forecasting.models.ncpp import NCPP, FeatureAttention, SameConv, TextTrunk
 from zoo.attention import backend, capture
 from zoo.errors import ConfigError, DataError
+from zoo.weights.exchange import load_weights
 
 NUMERIC = {"memory": 2, "accelerator": 5}
 TEXT = {"system_text": [3, 4], "workload_text": [6]}
@@ -130,7 +131,7 @@ def test_official_names_there_and_back() -> None:
         official
     )
     rebuilt = tiny(numeric={"memory": 2, "processor": 3, "system": 1}, cross_group=True)
-    zoo.registry.load_weights(rebuilt, official)
+    load_weights(rebuilt, official)
     given = inputs(3, 6)
     torch.testing.assert_close(rebuilt(*given), model(*given), rtol=0, atol=0)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import zoo
 from domains.forecasting.pipeline import Forecaster
+from domains.forecasting.pipeline.forecaster import batches
 from domains.forecasting.pipeline.inputs import prepare
 from domains.forecasting.pipeline.quantiles import interpolated, probability_masses, weighted_quantiles
 from zoo.errors import ConfigError, DataError
@@ -51,6 +52,15 @@ def test_series_of_any_length_come_back_in_their_order() -> None:
     for series, found in zip(inputs, together, strict=True):
         (alone,) = predictor.predict_series([series], 20)
         close(found, alone)
+
+
+def test_passes_are_of_similar_size_and_similar_series() -> None:
+    items = prepare([walk(2, steps) for steps in (64, 16, 48, 64, 16, 32)], 16)
+    whole, *others = batches(items, 128, 256)
+    assert whole.places == [0, 1, 2, 3, 4, 5]
+    assert not others
+    parts = [batch.places for batch in batches(items, 128, 256, most_steps=450, ahead=32)]
+    assert parts == [[1, 4, 5, 2], [0, 3]]  # of 864 steps: 2 x (48 + 48 + 64 + 80) and 2 x (96 + 96)
 
 
 def test_the_context_length_cuts_the_history() -> None:

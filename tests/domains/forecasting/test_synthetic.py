@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from domains.forecasting.batches import SyntheticSamples, collate
@@ -12,6 +14,7 @@ from domains.forecasting.data import ForecastData
 from domains.forecasting.synthetic import GENERATORS, UNIVARIATE, draw_group
 from domains.forecasting.synthetic.kernels import BANK, GRID, PERIODS, draw, kernel_synth
 from domains.forecasting.synthetic.multivariate import lead_lag
+from domains.forecasting.synthetic.sales import ELASTICITY, simulated_sales
 from domains.forecasting.synthetic.seasonal import PERIODS as SEASONS
 from domains.forecasting.synthetic.seasonal import seasonal
 from zoo.errors import ConfigError
@@ -134,3 +137,21 @@ def test_a_batch_is_of_groups_or_of_single_series() -> None:
     assert len(collate([alone[i] for i in range(4)]).groups.unique()) == 24
     sizes = collate([grouped[i] for i in range(4)]).groups.unique(return_counts=True)[1]
     assert (sizes > 1).sum() >= 4
+
+
+def test_sales_follow_visits_and_price_of_the_day_before() -> None:
+    table = simulated_sales(shops=3, weeks=30, seed=1)
+    assert table.shape == (3 * 210, 6)
+    assert table.groupby("timestamp").holiday.nunique().eq(1).all()
+    for _, shop in table.groupby("item_id"):
+        sales, price, visits = (np.log(shop[name].to_numpy()) for name in ("sales", "price", "visits"))
+        known = np.stack([price[:-1], visits[:-1], np.ones(209)], axis=1)
+        found, *_ = np.linalg.lstsq(known, sales[1:], rcond=None)
+        assert found[:2] == pytest.approx([-ELASTICITY, 1.0], abs=0.1)
+
+
+def test_sales_of_a_seed_are_made_as_a_table(tmp_path: Path) -> None:
+    [path] = ForecastData.make(tmp_path, weeks=4, seed=2)
+    assert path.name == "sales.csv"
+    again = simulated_sales(weeks=4, seed=2)
+    assert pd.read_csv(path).sales.to_numpy() == pytest.approx(again.sales.to_numpy(), rel=1e-5)

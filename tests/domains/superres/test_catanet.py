@@ -25,9 +25,9 @@ from zoo.attention import backend, capture
 from zoo.bench.memory import peak_memory
 from zoo.bench.peer import load_peer
 from zoo.errors import CheckpointError, ConfigError, UnknownName
-from zoo.registry import load_weights
 from zoo.training.ema import EMA
 from zoo.weights.checkpoint import read_state_dict
+from zoo.weights.exchange import load_weights
 
 SMALL: dict[str, Any] = {
     "dim": 12,

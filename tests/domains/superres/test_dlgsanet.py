@@ -12,13 +12,14 @@ from torch import Tensor, nn
 import zoo
 from domains.superres.models import dlgsanet_layers
 from domains.superres.models.dlgsanet import DLGSANet
-from domains.superres.models.dlgsanet_layers import ChannelAttention, in_bands, tlc_windows
+from domains.superres.models.dlgsanet_layers import ChannelAttention, in_tiles, softmax_or, tlc_windows
 from domains.superres.weights.dlgsanet import DLGSANetOfficial
 from zoo.attention import capture
 from zoo.bench.peer import load_peer
 from zoo.errors import CheckpointError, ConfigError, DataError
-from zoo.registry import load_weights
+from zoo.training.finetune import merge_lora
 from zoo.weights.checkpoint import save_state_dict
+from zoo.weights.exchange import load_weights
 
 SMALL: dict[str, Any] = {
     "dim": 12,
@@ -170,16 +171,16 @@ def test_window_origins(size: int, kernel: int, starts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("halo", [1, 2])
-def test_bands_give_what_the_whole_map_gives(halo: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_give_what_the_whole_map_gives(halo: int, monkeypatch: pytest.MonkeyPatch) -> None:
     conv = nn.Conv2d(3, 4, 2 * halo + 1, padding=halo)
 
     def branch(x: Tensor) -> Tensor:
         return dlgsanet_layers.convolved(conv, x)
 
     x = torch.randn(2, 11, 5, 3)
-    monkeypatch.setattr(dlgsanet_layers, "BAND", 15)
+    monkeypatch.setattr(dlgsanet_layers, "TILE", (4, 3))
     with torch.no_grad():
-        close(in_bands(branch, x, halo), branch(x), 1e-6)
+        close(in_tiles(branch, x, halo), branch(x), 1e-6)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
@@ -193,6 +194,25 @@ def test_attention_is_captured_by_window_and_sparse() -> None:
     assert found.shape == (1, 2, 6, 6)
     assert 0 < (found == 0).float().mean() < 1
     assert (found >= 0).all()
+
+
+def test_silent_channels_train_without_nan() -> None:
+    layer = ChannelAttention(6, 2, softmax_or("relu"), None).train()
+    nn.init.zeros_(layer.qkv.weight[:1])
+    layer(torch.rand(1, 4, 5, 6), nn.LayerNorm(6)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_low_rank_updates_count_as_if_they_were_merged() -> None:
+    peft = pytest.importorskip("peft")
+    model = small()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False), model)
+    x = torch.rand(1, 3, 12, 11)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        merge_lora(model)
+        close(model(x), expected)
 
 
 # ---- precision, compilation --------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from domains.superres.predict import enlarge
 from domains.superres.weights.detect import detect
 from zoo.cli import app
 from zoo.errors import CheckpointError, ConfigError, DataError, ZooError
-from zoo.registry import list_models, to_official
+from zoo.registry import list_models
 from zoo.weights.checkpoint import save_model, save_state_dict
+from zoo.weights.exchange import to_official
 
 
 def predict(*arguments: object) -> str:

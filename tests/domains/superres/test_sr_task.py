@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import QUIET, zoo
 from sr_small import smooth, tiny, write, write_many
-from typer.testing import CliRunner
 
 import zoo as library
 from domains.superres.losses import build_loss, charbonnier, fft, l1
@@ -19,10 +19,9 @@ from domains.superres.plots import most_detailed
 from domains.superres.resize import degrade, imresize
 from domains.superres.tiles import upscaled
 from domains.superres.transfer import transfer
-from zoo.cli import app
 from zoo.errors import CheckpointError, ConfigError, DataError
-from zoo.registry import to_official
 from zoo.weights.checkpoint import load_model, read_state_dict, save_model, save_state_dict
+from zoo.weights.exchange import to_official
 
 SMALL = (
     "model=dlgsanet_mini",
@@ -36,16 +35,6 @@ SMALL = (
     "schedule.name=constant",
     "schedule.warmup_steps=0",
 )
-QUIET = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "logger.tensorboard=false")
-
-
-def zoo(verb: str, *arguments: object) -> str:
-    """What the command prints; a ZooError is raised as it is."""
-    result = CliRunner().invoke(app, [verb, *map(str, arguments)], env={"COLUMNS": "140"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def train(folder: Path, run: Path, *more: str) -> str:

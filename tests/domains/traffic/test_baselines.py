@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from domains.traffic.baselines import LastValue, Ridge, TimeOfDayMean, baseline_errors, batches
-from domains.traffic.data import TrafficData, Windows
+from domains.traffic.data import TrafficData
 from domains.traffic.metrics import HorizonErrors
+from domains.traffic.windows import Windows
 
 SLOTS = 24
 

@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from domains.traffic.bench import Batch, Run, bench, best_groups, plain_peer
 from zoo.bench.compare import relative_difference
 from zoo.config import compose
+from zoo.create import create_model
 from zoo.errors import ConfigError
-from zoo.registry import create_model
 
 CPU = torch.device("cpu")
 SMALL = ["num_nodes=14", "batch_size=3", "repeats=2", "threads=1", "device=cpu"]

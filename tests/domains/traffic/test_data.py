@@ -10,18 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from domains.traffic.data import (
-    Preprocessing,
-    TrafficData,
-    Windows,
-    history_counts,
-    longest_run,
-    split_rows,
-    stand_ins,
-    window_starts,
-)
+from domains.traffic.data import TrafficData, longest_run
 from domains.traffic.formats import write_series
+from domains.traffic.preprocessing import Preprocessing, stand_ins
 from domains.traffic.series import TrafficSeries, regular_clock
+from domains.traffic.windows import Windows, history_counts, split_rows, window_starts
 from zoo.errors import ConfigError
 
 STEPS, SENSORS = 200, 5

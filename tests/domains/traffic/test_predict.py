@@ -19,8 +19,9 @@ from domains.traffic.formats import write_series
 from domains.traffic.predict import predict
 from domains.traffic.series import TrafficSeries, regular_clock
 from zoo.config import compose
+from zoo.create import create_model
 from zoo.errors import ConfigError, DataError
-from zoo.registry import create_model, model_signature
+from zoo.registry import model_signature
 from zoo.weights.checkpoint import load_model, save_model
 
 IDS = ["s10", "s2", "s33", "s4", "s5"]

@@ -14,16 +14,14 @@ import numpy as np
 import pytest
 
 from domains.traffic.formats import read_series
+from domains.traffic.freeways import Constants, Roads, build_roads
 from domains.traffic.graph import read_adjacency, read_locations
 from domains.traffic.simulate import (
     ADJACENCY_FILE,
     LOCATIONS_FILE,
     TRUTH_KEY,
-    Constants,
-    Roads,
     Simulation,
     Traffic,
-    build_roads,
     make,
     simulate,
 )

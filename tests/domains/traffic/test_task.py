@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from domains.traffic.data import TrafficData
 from domains.traffic.task import TrafficTask, carry_sensors
+from zoo.create import create_model
 from zoo.errors import CheckpointError
-from zoo.registry import create_model, model_signature
+from zoo.registry import model_signature
 
 
 class Persistence(nn.Module):

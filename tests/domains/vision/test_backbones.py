@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import domains.vision  # noqa: F401  (enters the models in timm's registry)
 import zoo
 from zoo.errors import CheckpointError, ConfigError, DataError, UnknownName
-from zoo.registry import load_weights, model_class
+from zoo.registry import model_class
+from zoo.weights.exchange import load_weights
 
 COMPILED = [
     "agent_deit_tiny",

@@ -12,7 +12,7 @@ from zoo.attention import backend, capture
 from zoo.bench.memory import peak_memory
 from zoo.bench.peer import load_peer
 from zoo.errors import CheckpointError, ConfigError
-from zoo.registry import load_weights
+from zoo.weights.exchange import load_weights
 
 TINY = {
     "depths": [1, 1, 2, 1],

@@ -13,7 +13,7 @@ import zoo
 from domains.vision.models.dhvt import DHVT
 from zoo.attention import capture
 from zoo.errors import ConfigError
-from zoo.registry import load_weights
+from zoo.weights.exchange import load_weights
 
 TINY: dict[str, Any] = {"embed_dim": 12, "depth": 3, "num_heads": 3, "num_classes": 5}
 

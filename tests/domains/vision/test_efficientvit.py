@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zoo
-from domains.vision.models.efficientvit import EfficientViT, WindowAttention, distances, resized_table
+from domains.vision.models.efficientvit import EfficientViT
+from domains.vision.models.efficientvit_blocks import WindowAttention, distances, resized_table
 from domains.vision.weights.efficientvit import to_timm
 from zoo.attention import backend, capture
 from zoo.errors import CheckpointError, ConfigError

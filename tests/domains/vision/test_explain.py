@@ -7,12 +7,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import command_line
 import pytest
 import torch
 from pictures import folders, picture
 from PIL import Image
 from small_backbones import SMALL, build, images, settled
-from typer.testing import CliRunner
 
 import zoo as library
 from domains.vision.models.davit import DaViT
@@ -21,7 +21,6 @@ from domains.vision.models.sret import SReT
 from domains.vision.preprocess import Preprocessing
 from domains.vision.recording import record
 from zoo.attention import AttentionError
-from zoo.cli import app
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.explain import head_statistics
 from zoo.registry import model_class
@@ -35,11 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The official weights:UserWarning
 
 def zoo(*arguments: object) -> str:
     """What `zoo explain` prints; a ZooError is raised as it is."""
-    result = CliRunner().invoke(app, ["explain", *map(str, arguments)], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+    return command_line.zoo("explain", *arguments, columns=200)
 
 
 @pytest.fixture(scope="module")

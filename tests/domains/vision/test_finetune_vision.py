@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+import command_line
 import pytest
 import torch
 from pictures import folders
 from small_backbones import settled
-from typer.testing import CliRunner
 
 import zoo as library
 from domains.vision.preprocess import Preprocessing
-from zoo.cli import app
 from zoo.errors import CheckpointError, ConfigError, ZooError
 from zoo.weights.checkpoint import load_model, read_checkpoint
 
@@ -34,13 +33,9 @@ SMALL = {"embed_dims": [16, 16], "depths": [1, 1], "head_dim": 8, "n_win": 2, "i
 OLD, NEW = ["red", "yellow", "blue"], ["blue", "green", "red"]
 
 
-def zoo(*arguments: object) -> str:
+def zoo(*arguments: str) -> str:
     """What `zoo finetune` prints, on one line; a ZooError is raised as it is."""
-    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return " ".join(result.output.split())
+    return " ".join(command_line.zoo(*arguments, columns=200).split())
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from torch import nn
 import zoo
 from domains.vision.probe import carry_classes, classifiers, transfer
 from zoo.errors import ConfigError
-from zoo.registry import load_weights, model_class
+from zoo.registry import model_class
 from zoo.training.finetune import adapt, merge_lora
+from zoo.weights.exchange import load_weights
 
 FAMILIES = list({model_class(name): name for name in reversed(SMALL)}.values())
 EACH = pytest.mark.parametrize("name", FAMILIES)

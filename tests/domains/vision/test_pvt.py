@@ -10,7 +10,7 @@ from torch import nn
 import zoo
 from zoo.attention import backend, capture
 from zoo.errors import CheckpointError, ConfigError
-from zoo.registry import load_weights
+from zoo.weights.exchange import load_weights
 
 PVT = {"embed_dims": [8, 8, 16], "depths": [1, 2, 1], "num_heads": [1, 2, 2], "mlp_ratios": [2, 2, 2]}
 AGENT = PVT | {"agent_num": [4, 9, 4], "agent_sr_ratios": [2, 1, 1]}

@@ -13,7 +13,7 @@ from domains.vision.models.spectformer import SpectFormer
 from domains.vision.spectrum import filtered, filtered_by_matrices, from_spectrum, resized_filter, spectrum
 from zoo.attention import capture
 from zoo.errors import ConfigError
-from zoo.registry import load_weights
+from zoo.weights.exchange import load_weights
 
 TINY: dict[str, Any] = {"embed_dim": 24, "depth": 3, "num_spectral": 2, "num_classes": 5, "img_size": 96}
 GRIDS = pytest.mark.parametrize("grid", [(14, 14), (7, 9), (5, 4), (1, 6), (1, 1)])

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from command_line import QUIET, zoo
 from pictures import folders, picture
-from typer.testing import CliRunner
 
 import zoo as library
 from domains.vision.task import VisionTask
-from zoo.cli import app
 from zoo.errors import CheckpointError, ConfigError, DataError, ZooError
 from zoo.weights.checkpoint import load_model, save_model, save_state_dict
 
@@ -31,17 +30,7 @@ SMALL = (
     "optimizer.lr=0.01",
     "schedule.name=constant",
 )
-QUIET = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "logger.tensorboard=false")
 MIXED = ("aug=imagenet", "data.augment.mixup=0.2", "ema.decay=0.9")
-
-
-def zoo(verb: str, *arguments: object) -> str:
-    """What the command prints; a ZooError is raised as it is."""
-    result = CliRunner().invoke(app, [verb, *map(str, arguments)], env={"COLUMNS": "140"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def train(images: Path, run: Path, *more: str) -> str:

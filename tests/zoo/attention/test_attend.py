@@ -23,6 +23,7 @@ from zoo.attention import (
     OrderedGroups,
     Padding,
     Pattern,
+    ShiftedGroups,
     TopKSoftmax,
     Window,
     attend,
@@ -76,6 +77,19 @@ CASES = {
     ),
     "ordered_groups": Case(
         OrderedGroups(torch.tensor(ORDER), 5), lambda b, i, j: ORDER.index(i) // 5 == ORDER.index(j) // 5
+    ),
+    "causal_groups": Case(Groups(torch.tensor(IDS)) & Causal(), lambda b, i, j: IDS[i] == IDS[j] and j <= i),
+    "causal_groups_by_entry": Case(
+        Causal() & Groups(torch.tensor(IDS_BY_ENTRY)),
+        lambda b, i, j: IDS_BY_ENTRY[b][i] == IDS_BY_ENTRY[b][j] and j <= i,
+    ),
+    "causal_ordered_groups": Case(
+        OrderedGroups(torch.tensor(ORDER), 5) & Causal(),
+        lambda b, i, j: ORDER.index(i) // 5 == ORDER.index(j) // 5 and j <= i,
+    ),
+    "shifted_groups": Case(ShiftedGroups(TOKENS, 5, 2), lambda b, i, j: (i - 2) // 5 == (j - 2) // 5),
+    "causal_shifted_groups": Case(
+        ShiftedGroups(TOKENS, 4, 3) & Causal(), lambda b, i, j: (i - 3) // 4 == (j - 3) // 4 and j <= i
     ),
     "neighbours": Case(Neighbours(torch.tensor(NEIGHBOURS)), lambda b, i, j: j in NEIGHBOURS[i]),
     "neighbours_by_entry": Case(
@@ -191,6 +205,52 @@ def test_lse_and_its_gradient_equal_reference(case: str, name: str) -> None:
 
     for ours, theirs in zip(run(name), run("reference"), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parts_of_a_large_tile_change_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, log-sum-exps, first and second derivatives, with a bias and a kernel that is not fused."""
+    inputs = (*tensors(torch.float64), torch.randn(HEADS, TOKENS, TOKENS).double().requires_grad_())
+
+    def run() -> list[Tensor]:
+        options = {"pattern": CASES[case].pattern, "bias": inputs[3], "kernel": TopKSoftmax(4)}
+        with backend("blocked"):
+            out, lse = attend(*inputs[:3], **options, return_lse=True)
+        loss = lse.masked_fill(lse == -torch.inf, 0.0).sum() + out.square().sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        again = torch.autograd.grad(torch.stack([x.square().sum() for x in first]).sum(), inputs)
+        return [out, lse, *first, *again]
+
+    whole = run()
+    monkeypatch.setattr(backends_module, "rows_at_once", lambda q, num_keys: 3)
+    for ours, theirs in zip(run(), whole, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_parts_of_a_large_tile_drop_the_same_weights_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends_module, "rows_at_once", lambda q, num_keys: 3)
+    q, k, _ = tensors()
+    v = torch.eye(TOKENS).expand(BATCH, KV_HEADS, -1, -1).clone().requires_grad_()
+    with backend("blocked"):
+        out = attend(q, k, v, dropout=0.5)
+    (grad,) = torch.autograd.grad(out.sum(), v)
+    weights = out.detach().unflatten(1, (KV_HEADS, -1)).sum((2, 3))  # with values that are unit vectors
+    torch.testing.assert_close(grad, weights[..., None].expand_as(grad))
+
+
+def test_parts_of_a_large_tile_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(backends_module, "rows_at_once", lambda q, num_keys: 3)
+    inputs = tensors()
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, pattern=Causal(), kernel=TopKSoftmax(4))
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for ours, theirs in zip(
+        *([x, *torch.autograd.grad(x.sum(), inputs)] for x in (compiled(*inputs), run(*inputs))), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -477,10 +537,12 @@ TOKENS_16K = 16_384
         Window(129),
         Window(128, causal=True),
         EqualGroups(64),
+        EqualGroups(4096) & Causal(),
+        ShiftedGroups(TOKENS_16K, 4096, 2048) & Causal(),
         Groups(torch.arange(TOKENS_16K) * 7 % 251),
         Neighbours(torch.arange(TOKENS_16K)[:, None].add(torch.arange(16)) % TOKENS_16K),
     ],
-    ids=["window", "causal_window", "equal_groups", "groups", "neighbours"],
+    ids=["window", "causal_window", "equal_groups", "causal_groups", "shifted", "groups", "neighbours"],
 )
 def test_memory_is_linear_in_the_tokens(pattern) -> None:
     """At 16k tokens no operation, forward or backward, makes a tensor of more than 400 elements a token."""
@@ -527,6 +589,7 @@ Q = torch.zeros(2, 4, 6, 8)
         bad("Nq = 6 > Nk = 3", lambda: attend(Q, Q[:, :, :3], Q[:, :, :3], pattern=Window(3))),
         bad("divisible by it", lambda: attend(Q, Q, Q, pattern=EqualGroups(4))),
         bad("at least one member", lambda: EqualGroups(0)),
+        bad("shifted by 0 .. 3, and hold", lambda: ShiftedGroups(8, 4, 4)),
         bad("group ids are integers", lambda: Groups(torch.zeros(6))),
         bad("groups of 5 tokens", lambda: attend(Q, Q, Q, pattern=Groups(torch.zeros(5).long()))),
         bad("groups of 3 batch entries", lambda: attend(Q, Q, Q, pattern=Groups(torch.zeros(3, 6).long()))),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.attention import Causal, Padding, attend, backend
 
@@ -102,3 +103,13 @@ def test_a_bias_of_any_broadcastable_shape(shape: tuple[int, ...]) -> None:
     found = attend(q, k, v, bias=bias, return_lse=True)
     with backend("reference"):
         torch.testing.assert_close(found, attend(q, k, v, bias=bias, return_lse=True))
+
+
+def test_where_kernels_are_to_be_differentiated_twice_the_log_sum_exp_is_not_fused() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def lse(*inputs: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return attend(*inputs, return_lse=True)[1]
+
+    assert torch.autograd.gradgradcheck(lse, (q, k, v))

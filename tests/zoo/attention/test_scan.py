@@ -216,6 +216,37 @@ def test_long_sequences_stay_finite_and_exact(kind: str, strength: float) -> Non
     assert all(bool(x.isfinite().all()) for x in gradients)
 
 
+@pytest.mark.parametrize("starts", [None, "documents"])
+@pytest.mark.parametrize("kind", ["channel", "value", "both", "kda"])
+def test_chunks_in_runs_are_those_in_one(
+    kind: str, starts: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mild decays, as if they were strong."""
+    begins = None if starts is None else torch.arange(N).expand(B, N) % 9 == 4
+    q, k, v, state = inputs()
+    tensors = {"q": q, "k": k, "v": v, "state": state, **rates(kind)}
+    whole = outputs_and_gradients(tensors, starts=begins)
+    monkeypatch.setattr(sys.modules[scan.__module__], "_MILD", {torch.float64: 0.0})
+    runs = outputs_and_gradients(tensors, starts=begins)
+    assert not all(torch.equal(a, b) for a, b in zip(runs, whole, strict=True))
+    for actual, expected in zip(runs, whole, strict=True):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["channel", "value", "both", "kda"])
+@pytest.mark.parametrize("decay", [-2.4, -2.6])
+def test_exact_around_the_decay_from_which_chunks_have_runs(kind: str, decay: float) -> None:
+    """A chunk of 32 tokens, -40 over a half of it; with gradients."""
+    tokens = 100
+    double = {**dict(zip("qkv", inputs(tokens)[:3], strict=True)), **rates(kind, tokens)}
+    double |= {n: torch.full_like(x, decay) for n, x in double.items() if "decay" in n}
+    double["state"] = inputs()[3]
+    single = {n: x.float() for n, x in double.items()}
+    results = zip(outputs_and_gradients(single), outputs_and_gradients(double, form="step"), strict=True)
+    for actual, expected in results:
+        close(actual.double(), expected, 1e-5)
+
+
 def test_negative_rates_above_one_stay_finite() -> None:
     """beta up to 2 turns the state around: the keys of unit length keep it bounded."""
     q, k, v, _ = inputs(2000, dtype=torch.float32)

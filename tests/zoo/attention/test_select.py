@@ -87,6 +87,14 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, index: Tensor, size: int, allowed: T
     return (weights * seen) @ v
 
 
+def _assert_same(got: Tensor, want: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    """Of values and of gradients."""
+    torch.testing.assert_close(got, want)
+    cotangent = torch.randn_like(want)
+    ours, theirs = (torch.autograd.grad(out, inputs, cotangent, retain_graph=True) for out in (got, want))
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("selected_by", [1, 2, 4])
 @pytest.mark.parametrize("gathered", [1, 2**22])
 @pytest.mark.parametrize(
@@ -115,14 +123,7 @@ def test_queries_of_a_block_share_what_they_selected(
     each = index.repeat_interleave(rows, 2)[:, :, before : before + nq]
     want = _dense(q, k, v, each, size, allowed)
     got = attend_shared(q, k, v, index, rows=rows, size=size, causal=causal, mask=mask)
-    torch.testing.assert_close(got, want)
-    cotangent = torch.randn_like(want)
-    for ours, theirs in zip(
-        torch.autograd.grad(got, (q, k, v), cotangent),
-        torch.autograd.grad(want, (q, k, v), cotangent),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+    _assert_same(got, want, (q, k, v))
 
 
 def test_blocks_of_queries_that_do_not_fit_are_told() -> None:
@@ -151,14 +152,7 @@ def test_attend_blocks_is_the_definition(
     allowed = allowed.tril(nk - nq) if causal else allowed
     want = _dense(q, k, v, index, size, allowed)
     got = attend_blocks(q, k, v, index, size, causal=causal, mask=mask)
-    torch.testing.assert_close(got, want)
-    cotangent = torch.randn_like(want)
-    for ours, theirs in zip(
-        torch.autograd.grad(got, (q, k, v), cotangent),
-        torch.autograd.grad(want, (q, k, v), cotangent),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+    _assert_same(got, want, (q, k, v))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -177,14 +171,7 @@ def test_queries_that_say_what_they_reach(
     allowed = within.repeat_interleave(4 // selected_by, 1) & mask[:, None, None]
     want = _dense(q, k, v, index, 4, allowed)
     got = attend_blocks(q, k, v, index, 4, reach=reach, mask=mask)
-    torch.testing.assert_close(got, want)
-    cotangent = torch.randn_like(want)
-    for ours, theirs in zip(
-        torch.autograd.grad(got, (q, k, v), cotangent),
-        torch.autograd.grad(want, (q, k, v), cotangent),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+    _assert_same(got, want, (q, k, v))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -220,10 +207,7 @@ def test_forms_compile_without_breaks(monkeypatch: pytest.MonkeyPatch, form: str
     index = select(torch.randn(2, 1, 600, 75).masked_fill(torch.rand(2, 1, 600, 75) < 0.1, -torch.inf), 40)
     compiled = torch.compile(attend_blocks, fullgraph=True, backend="eager")
     got, want = compiled(q, k, v, index, 8), attend_blocks(q, k, v, index, 8)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(
-        torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(want.sum(), (q, k, v))
-    )
+    _assert_same(got, want, (q, k, v))
 
 
 def test_rows_in_parts_are_the_whole() -> None:
@@ -235,14 +219,7 @@ def test_rows_in_parts_are_the_whole() -> None:
 
     whole = part(q, 13)
     for rows in (1, 4, 9):
-        parts = by_rows(part, q, keys=13, rows=rows)
-        torch.testing.assert_close(parts, whole)
-        for ours, theirs in zip(
-            torch.autograd.grad(parts.sum(), (q, k)),
-            torch.autograd.grad(whole.sum(), (q, k), retain_graph=True),
-            strict=True,
-        ):
-            torch.testing.assert_close(ours, theirs)
+        _assert_same(by_rows(part, q, keys=13, rows=rows), whole, (q, k))
 
 
 def test_bad_selections() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from zoo.attention import AttentionError
 from zoo.attention.layers import LAYERS, AttentionLayer, Supports
 from zoo.attention.layers.base import Inputs
+from zoo.bench import mechanisms
 from zoo.bench.mechanisms import PARTS, QUICK, QUICK_TASKS
 from zoo.bench.mechanisms.contestants import ARGUMENTS, VARIANTS, Contestant, contestants, lacking
 from zoo.bench.mechanisms.cost import Limits, build, grown, patterns
@@ -23,9 +26,10 @@ from zoo.bench.mechanisms.domains import swapped
 from zoo.bench.mechanisms.record import Cost, LeftOut, Record, Swapped, Trained, opened
 from zoo.bench.mechanisms.report import Found
 from zoo.bench.report import Curve, Point
-from zoo.bench.synthetic.train import learned
+from zoo.bench.synthetic import Task
+from zoo.bench.synthetic.train import Budget, Learned, learned
 from zoo.cli.bench import app
-from zoo.errors import ConfigError, UnknownName
+from zoo.errors import ConfigError, UnknownName, ZooError
 
 CPU = torch.device("cpu")
 RUN = ["suite=attention", "quick=true", "threads=1", "repeats=1", "device=cpu"]
@@ -34,7 +38,8 @@ RUN = ["suite=attention", "quick=true", "threads=1", "repeats=1", "device=cpu"]
 def trained(name: str, task: str = "mqar", accuracies: tuple[float, ...] = (0.5,), **tests: float) -> Trained:
     each = tuple(tests for _ in accuracies)
     seconds = tuple(1.0 for _ in accuracies)
-    return Trained(name, task, True, {}, {"length": 8}, {}, 0.25, 10, accuracies, each, seconds)
+    seeds = tuple(range(len(accuracies)))
+    return Trained(name, task, True, {}, {"length": 8}, {}, 0.25, 10, seeds, accuracies, each, seconds)
 
 
 def cost(name: str, pattern: str, sizes: tuple[int, ...] = (256, 1024), power: int = 1) -> Cost:
@@ -74,6 +79,42 @@ def test_a_further_run_adds_to_the_record(tmp_path: Path) -> None:
     assert "linear" in result.output
 
 
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded is not done again: not a seed, not a size of a curve; all of it is with `again`."""
+    path = tmp_path / "found.json"
+    seeds: list[int] = []
+    sizes: list[int] = []
+
+    def counted(attention: Any, task: Task, budget: Budget, *, seed: int, device: torch.device) -> Learned:
+        seeds.append(seed)
+        return learned(attention, task, budget, seed=seed, device=device)
+
+    def scaled(name: str, at: Any, wanted: list[int], **given: Any) -> Curve:
+        sizes.extend(wanted)
+        return Curve(name, tuple(Point(n, 0.01, n) for n in wanted))
+
+    monkeypatch.setattr(mechanisms, "learned", counted)
+    monkeypatch.setattr("zoo.bench.mechanisms.cost.scaling", scaled)
+    chosen = ["only=gla", "tasks=[mqar,cost]", f"output={path}"]
+    for further in (["seeds=1"], ["seeds=3"], ["seeds=3"], ["seeds=2", "again=true"]):
+        result = CliRunner().invoke(app, [*RUN, *chosen, *further])
+        assert result.exit_code == 0, result.output
+    assert seeds == [0, 1, 2, 0, 1]
+    assert sizes == [64, 256, 64, 256]
+    entry = opened(path, quick=True).trained["gla", "mqar"]
+    assert sorted(entry.seeds) == [0, 1, 2]
+    assert len(entry.accuracies) == len(entry.tests) == len(entry.seconds) == 3
+
+
+def test_seeds_of_another_size_are_not_mixed_in() -> None:
+    record = Record(quick=False)
+    record.add(trained("a", accuracies=(0.5, 0.7)))
+    record.add(dataclasses.replace(trained("a", accuracies=(0.9,)), seeds=(1,)))
+    assert record.trained["a", "mqar"].accuracies == (0.5, 0.9)
+    record.add(dataclasses.replace(trained("a", accuracies=(0.1,)), sizes={"length": 16}))
+    assert record.trained["a", "mqar"].accuracies == (0.1,)
+
+
 def test_what_a_layer_cannot_do_is_told_in_the_table(tmp_path: Path) -> None:
     chosen = ["only=deltanet_negative", "tasks=[traffic]", f"output={tmp_path / 'found.json'}"]
     result = CliRunner().invoke(app, [*RUN, *chosen])
@@ -82,10 +123,17 @@ def test_what_a_layer_cannot_do_is_told_in_the_table(tmp_path: Path) -> None:
     assert "synthetic tasks only" in result.output
 
 
-def test_a_model_of_a_domain_is_trained_with_another_attention() -> None:
-    found = swapped("local", Contestant("local").both_ways(), "vision", quick=True, seed=0)
+@pytest.mark.parametrize("domain", ["vision", "detection"])
+def test_a_model_of_a_domain_is_trained_with_another_attention(domain: str) -> None:
+    found = swapped("local", Contestant("local").both_ways(), domain, quick=True, seed=0)
     assert 0 <= found.value <= 100
     assert "model.attention.window=9" in found.overrides
+
+
+def test_an_attention_that_a_model_cannot_take_is_told() -> None:
+    """A window in a row of atoms would depend on their order."""
+    with pytest.raises(ZooError, match="depends on the order"):
+        swapped("local", Contestant("local").both_ways(), "atoms", quick=True, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +166,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     record = Record(quick=False, machines=[{"cpu": "x"}])
     entries = (
         trained("a", "needle", (0.5, 0.7), **{"64 at 0.00": 0.25}),
-        cost("a", "NS"),
+        dataclasses.replace(cost("a", "NS"), ends="too long"),
         Swapped("a", "traffic", "MAE", 3.5, ("data.weeks=1",)),
         LeftOut("b", "mqar", "cannot"),
     )
@@ -196,12 +244,31 @@ def test_causal_cross_needs_queries_that_stand_apart(monkeypatch: pytest.MonkeyP
 
 def test_a_curve_ends_where_the_next_size_would_take_too_much() -> None:
     limits = Limits((256, 1024, 4096), seconds=1.0, bytes=10_000)
-    assert limits.allow(None, 256)
-    assert limits.allow(Point(256, 0.06, 100), 1024)
-    assert not limits.allow(Point(256, 0.07, 100), 1024)
-    assert not limits.allow(Point(256, 0.01, 1000), 1024)
-    curve = grown("x", {"name": "multihead"}, "CS", Limits((16, 32, 1024), bytes=2**20), 1, CPU)
+    assert not limits.forbids(None, 256)
+    assert not limits.forbids(Point(256, 0.06, 100), 1024)
+    assert limits.forbids(Point(256, 0.125, 100), 1024) == "1,024 tokens may take 2 s, over 1 s"
+    assert "GiB" in limits.forbids(Point(256, 0.01, 1000), 1024)
+    curve, ends = grown("x", {"name": "multihead"}, "CS", Limits((16, 32, 1024), bytes=2**20), 1, CPU)
     assert [point.size for point in curve.points] == [16, 32]
+    assert ends.startswith("1,024 tokens may take 0.")
+
+
+def test_a_curve_goes_on_from_what_is_known() -> None:
+    known = (Point(16, 123.0, 456), Point(32, 0.001, 789))
+    attention = {"name": "multihead"}
+    curve, ends = grown("x", attention, "CS", Limits((16, 32, 64)), 1, CPU, known)
+    assert curve.points[:2] == known
+    assert curve.points[2].size == 64
+    assert not ends
+
+
+def test_a_long_call_is_measured_once_with_the_same_memory() -> None:
+    sizes = (256, 1024)
+    slow = (Point(256, 0.5, 1),)
+    curve, _ = grown("x", {"name": "linear"}, "CS", Limits(sizes), 2, CPU, slow)
+    twice, _ = grown("x", {"name": "linear"}, "CS", Limits(sizes), 2, CPU)
+    assert curve.points[1].bytes == pytest.approx(twice.points[1].bytes, rel=0.02)
+    assert 0 < curve.points[1].seconds < 1
 
 
 def test_a_layer_without_a_needed_argument_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +319,7 @@ def test_the_accuracy_table_has_the_best_first_and_guessing_last() -> None:
 
 def test_parts_are_the_tasks_the_cost_and_the_domains() -> None:
     assert (
-        *("mqar", "selective_copy", "induction", "needle", "listops", "parity"),
+        *("mqar", "mqar_small", "selective_copy", "induction", "needle", "listops", "parity"),
         "cost",
-        *("traffic", "forecasting", "vision", "superres"),
+        *("traffic", "forecasting", "vision", "superres", "atoms", "detection"),
     ) == PARTS

@@ -9,25 +9,15 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from command_line import zoo
 
 from zoo.attention import AttentionError
-from zoo.cli import app
 from zoo.errors import CheckpointError, ConfigError
 from zoo.weights.checkpoint import load_model
 
 ST_LLM = ("model.width=24", "model.num_heads=4", "model.llm_layers=2", "model.max_positions=8")
 QUIET = ("plots=false", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu")
 FEW = ("calibration.tokens=400", "calibration.held_out=100")
-
-
-def zoo(verb: str, *arguments: object) -> str:
-    """What the command prints; a ZooError is raised as it is."""
-    result = CliRunner().invoke(app, [verb, *map(str, arguments)], env={"COLUMNS": "160"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def test_make_writes_files_that_train(tmp_path: Path, monkeypatch: pytest.Monkey
     ("arguments", "error", "message"),
     [
         (("info", "FILE", "kee=df"), ConfigError, "no option 'kee'. Did you mean 'key'"),
-        (("info", "FILE", "key"), ConfigError, "Write name=value"),
+        (("info", "FILE", "key"), ConfigError, "is not of the form key=value, e.g. key=speed"),
         (("info", "FILE.h5"), DataError, "No data file"),
         (("convert", "FILE", "out.xls"), DataError, r"out\.xls: the suffix must be one of"),
         (("make", "trafic"), UnknownName, "Did you mean 'traffic'"),

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from domains.traffic.formats import write_series
 from domains.traffic.series import TrafficSeries, regular_clock
 from zoo.cli.predict import app
+from zoo.create import create_model
 from zoo.errors import CheckpointError, ConfigError
-from zoo.registry import create_model
 from zoo.weights.checkpoint import save_model
 
 IDS = ["a", "b", "c"]

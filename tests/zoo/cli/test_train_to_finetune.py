@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import QUIET, zoo
 
-from zoo.cli import app
 from zoo.errors import CheckpointError, ConfigError, ZooError
 from zoo.weights.checkpoint import load_model, read_checkpoint
 
@@ -24,16 +23,6 @@ SMALL = (
     "data.batch_size=64",
     "plots=false",
 )
-QUIET = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "logger.tensorboard=false")
-
-
-def zoo(verb: str, *arguments: object) -> str:
-    """What the command prints; a ZooError is raised as it is."""
-    result = CliRunner().invoke(app, [verb, *map(str, arguments)], env={"COLUMNS": "120"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def readings(path: Path, sensors: list[str], days: int = 4, seed: int = 0) -> Path:

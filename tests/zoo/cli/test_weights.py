@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from zoo.cli.console import console
 from zoo.cli.weights import app
+from zoo.create import create_model
 from zoo.errors import CheckpointError, ConfigError
-from zoo.registry import create_model, from_official, to_official
 from zoo.weights import cards
 from zoo.weights.checkpoint import load_model, read_state_dict, save_model, save_state_dict
+from zoo.weights.exchange import from_official, to_official
 
 pytestmark = pytest.mark.usefixtures("toys")
 

@@ -9,7 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from zoo.registry import create_model, get_domain
+from zoo.create import create_model
+from zoo.registry import get_domain
 from zoo.training.finetune import adapt, merge_lora
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from zoo.create import create_model
 from zoo.errors import ZooError
 from zoo.layers.norm import BatchNorm
-from zoo.registry import Domain, create_model, register_domain, register_model
+from zoo.registry import Domain, register_domain, register_model
 from zoo.training.data import DataModule
 from zoo.training.run import resumed_config, train
 from zoo.training.task import Task
@@ -126,6 +128,7 @@ def process(function: str, log: Path, *arguments: object, env: dict[str, str] | 
 
 def _here(function: str, log: str, env: dict[str, str], *arguments: str) -> None:
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from zoo import registry
+from zoo import create
+from zoo.create import create_model
 from zoo.errors import CheckpointError, UnknownName
-from zoo.registry import create_model, list_models, load_object, model_card
+from zoo.registry import list_models, load_object, model_card
 from zoo.weights import cards
 from zoo.weights.cards import is_non_commercial, list_cards, read_card, weight_card
 from zoo.weights.checkpoint import save_tensors
@@ -103,7 +104,7 @@ def test_gpt2_starts_st_llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     tensors = {name: torch.randn(shape) for name, shape in gpt2.items()}
     save_tensors(tensors, file)
     card = dataclasses.replace(weight_card("gpt2"), sha256=None, size=None)
-    monkeypatch.setattr(registry, "weight_card", lambda name: card)
+    monkeypatch.setattr(create, "weight_card", lambda name: card)
     monkeypatch.setenv("ZOO_MIRROR", str(tmp_path))
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
 

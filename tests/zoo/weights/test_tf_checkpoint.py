@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from zoo.create import create_model
 from zoo.errors import CheckpointError, ConfigError
-from zoo.registry import create_model, from_official, to_official
 from zoo.weights.checkpoint import read_state_dict
+from zoo.weights.exchange import from_official, to_official
 
 DATA_TYPES = {"float32": 1, "float64": 2, "int32": 3, "int64": 9, "float16": 19}
 TENSORS = {

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from zoo.create import create_model
 from zoo.errors import CheckpointError, ZooError
-from zoo.registry import create_model
 from zoo.weights.checkpoint import (
     load_model,
     load_state,

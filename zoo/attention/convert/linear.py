@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from zoo.attention.convert.registry import conversion, multihead_options
+from zoo.attention.convert.registry import conversion
 from zoo.attention.convert.transfer import match, outputs
 from zoo.attention.layers.base import AttentionLayer, Inputs, create_attention
 from zoo.attention.layers.multihead import MultiHead
@@ -38,10 +38,11 @@ def to_linear(
     Feature maps are trained for the outputs of the softmax layer: the attention transfer of LoLCATs (Zhang et
     al. 2024, arXiv 2410.10254, section 3.1), which needs no causal mask.
     """
-    asked = {key: value for key, value in multihead_options(layer).items() if key != "dropout"}
+    asked = {"name": "hedgehog"} | layer.options()
+    del asked["dropout"]
     if features is not None:
         asked["features"] = features
-    return _transferred(layer, asked | {"name": "hedgehog"}, calls, steps, lr)
+    return _transferred(layer, asked, calls, steps, lr)
 
 
 @conversion("lolcats", "causal multihead without window and YaRN", _sees_all_before, calibrated=True)
@@ -59,7 +60,7 @@ def to_lolcats(
 
     Feature maps and the weights of the two parts are trained as in `to_linear`.
     """
-    asked = multihead_options(layer) | {"name": "lolcats", "window": window, "affine": affine}
+    asked = {"name": "lolcats"} | layer.options() | {"window": window, "affine": affine}
     if features is not None:
         asked["feature_dim"] = features
     return _transferred(layer, asked, calls, steps, lr)

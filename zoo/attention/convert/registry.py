@@ -95,30 +95,8 @@ def asked_of(layer: AttentionLayer) -> dict[str, Any] | None:
     if layer.asked is not None:
         return dict(layer.asked)
     if type(layer) is MultiHead and layer.yarn is None:
-        return multihead_options(layer)
+        return {"name": "multihead"} | layer.options()
     return None
-
-
-def multihead_options(layer: MultiHead) -> dict[str, Any]:
-    """The name and the arguments of a `MultiHead` without YaRN, as a config holds them."""
-    normed = hasattr(layer.q_norm, "eps")
-    options = {
-        "name": "multihead",
-        "num_heads": layer.num_heads,
-        "num_kv_heads": layer.num_kv_heads,
-        "head_dim": layer.head_dim,
-        "context_dim": layer.context_dim,
-        "causal": layer.causal,
-        "window": layer.window,
-        "rope_theta": layer.rope_theta,
-        "rotary_dim": layer.rotary_dim if layer.rope_theta is not None else None,
-        "qk_norm": normed,
-        "norm_eps": layer.q_norm.eps if normed else None,
-        "qkv_bias": layer.q_proj.bias is not None,
-        "out_bias": layer.o_proj.bias is not None,
-        "dropout": layer.dropout,
-    }
-    return {key: value for key, value in options.items() if value is not None}
 
 
 def plain(layer: AttentionLayer, *, whole_rotary: bool = False) -> bool:

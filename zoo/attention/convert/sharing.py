@@ -69,20 +69,5 @@ def to_mla(
         balance=balance,
         norm=norm,
     )
-    options = {
-        "name": "mla",
-        "num_heads": made.num_heads,
-        "kv_rank": made.kv_rank,
-        "q_rank": made.q_rank,
-        "nope_dim": made.nope_dim,
-        "rope_dim": made.rope_dim,
-        "value_dim": made.value_dim,
-        "bias": made.o_proj.bias is not None,
-        "query_bias": layer.q_proj.bias is not None,
-        "latent_norm": norm is not None,
-        "rope_theta": made.rope_theta,
-        "interleaved": made.interleaved,
-        "causal": made.causal,
-    }
-    made.asked = {key: value for key, value in options.items() if value is not None}
+    made.asked = {"name": "mla"} | made.options()
     return made

@@ -10,9 +10,12 @@ from zoo.attention.layers.base import (
     AttentionLayer,
     Supports,
     auxiliary_loss,
+    check_supports,
     create_attention,
+    create_map_attention,
     find_layer,
     layer_options,
+    on_tokens,
 )
 
 for _module in pkgutil.iter_modules(__path__):  # each lists its layers in LAYERS
@@ -23,7 +26,10 @@ __all__ = [
     "AttentionLayer",
     "Supports",
     "auxiliary_loss",
+    "check_supports",
     "create_attention",
+    "create_map_attention",
     "find_layer",
     "layer_options",
+    "on_tokens",
 ]

@@ -6,7 +6,7 @@ Shapes: N tokens of a map of h x w, H heads of width D, windows of W = window x 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.attend import attend
+from zoo.attention.backends import rows_at_once
 from zoo.attention.errors import AttentionError
 from zoo.attention.halo import Near
 from zoo.attention.layers.base import Inputs, Supports
 from zoo.attention.layers.mixture_of_heads import RoutedHeads
 from zoo.attention.layers.multihead import split_heads
 from zoo.attention.merge import merge
+from zoo.attention.select import by_rows
 
 
 class _Cosine(RoutedHeads):
@@ -63,22 +65,32 @@ class _Cosine(RoutedHeads):
         """Normalised queries `(B, H, N, D)` ready for the product with keys, of which each sees so many."""
         return (q + self.query_embedding) * F.softplus(self.temperature) * keys.to(q.dtype).log()
 
-    def position_bias(self, shape: tuple[int, int], keys: tuple[int, int]) -> Tensor:
-        """`(H, h w, P1 P2)` between a map and the middles of its P1 x P2 pools."""
+    def by_rows(self, part: Callable[..., Tensor], q: Tensor, keys: int) -> Tensor:
+        """`part(q, places, keys)` for some rows of queries `(B, H, N, D)` at a time, with their places."""
+        place = torch.arange(q.shape[2], device=q.device)[None, None]
+        return by_rows(part, q, place, keys=keys, rows=rows_at_once(q, keys), causal=False)
+
+    def position_bias(self, shape: tuple[int, int], keys: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        """Between a map and the middles of its P1 x P2 pools: places `(n,)` to biases `(H, n, P1 P2)`."""
         trained = shape if self.trained_shape is None else (1, *self.trained_shape)[-2:]
         weight = self.cpb_fc1.weight
         axes = [_distances(n, m, t, weight) for n, m, t in zip(shape, keys, trained, strict=True)]
         (rows, at_row), (columns, at_column) = axes
         table = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)
         table = self.cpb_fc2(F.relu(self.cpb_fc1(table)))  # (distances, distances, H)
-        at = at_row[:, None, :, None] * len(columns) + at_column[None, :, None, :]
-        bias = table.flatten(0, 1).index_select(0, at.flatten())
-        return bias.view(prod(shape), prod(keys), -1).permute(2, 0, 1)
+        table = table.flatten(0, 1)
+
+        def rows_of(place: Tensor) -> Tensor:
+            row, column = at_row(place // shape[1]), at_column(place % shape[1])
+            at = row[:, :, None] * len(columns) + column[:, None]
+            return table.index_select(0, at.flatten()).view(len(place), prod(keys), -1).permute(2, 0, 1)
+
+        return rows_of
 
 
-def _distances(n: int, pools: int, trained: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _distances(n: int, pools: int, trained: int, like: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The distinct distances on an axis of n tokens from the middles of its pools, scaled and as logarithms,
-    and which of them that of token i to pool p is: `(n, pools)`.
+    and which of them those of tokens `(m,)` to the pools are: `(m, pools)`.
 
     `sign(d) log2(1 + |d|) / 3` with d = 8 at the far end of an axis of `trained` tokens.
     """
@@ -86,14 +98,17 @@ def _distances(n: int, pools: int, trained: int, like: Tensor) -> tuple[Tensor, 
     step = 2 if len({middle % 2 for middle in twice}) == 1 else 1
     doubled = torch.arange(-max(twice), 2 * n - 1 - min(twice), step, device=like.device)
     d = (doubled / 2).to(like.dtype) / max(trained - 1, 1) * 8
-    middles = torch.tensor(twice, device=like.device)
-    at = (2 * torch.arange(n, device=like.device)[:, None] - middles + max(twice)) // step
+    first = torch.tensor([(max(twice) - middle) // step for middle in twice], device=like.device)
+
+    def at(tokens: Tensor) -> Tensor:
+        return 2 // step * tokens[:, None] + first
+
     return d.sign() * (d.abs() + 1).log2() / 3, at
 
 
 class CosineMixtureOfHeads(_Cosine, name="moh_cosine"):
     """MoH in the full cosine attention of TransNeXt, the last stage of MoH-ViT; for bias and scale see the
-    module.
+    module. Memory is linear in the tokens: the bias is made for some queries at a time.
 
     Args:
         dim: width C of the tokens.
@@ -127,8 +142,12 @@ class CosineMixtureOfHeads(_Cosine, name="moh_cosine"):
         shape = self.grid(x)
         q, k, v = (split_heads(rows, self.num_heads) for rows in self.qkv(x).chunk(3, dim=-1))
         q = self.scaled(F.normalize(q, dim=-1), torch.tensor(x.shape[1], device=x.device))
-        out = attend(q, F.normalize(k, dim=-1), v, bias=self.position_bias(shape, shape), scale=1.0)
-        return self.proj(self.gated(out, x))
+        k, bias = F.normalize(k, dim=-1), self.position_bias(shape, shape)
+
+        def part(q: Tensor, place: Tensor, _seen: int) -> Tensor:
+            return attend(q, k, v, bias=bias(place[0, 0]), scale=1.0)
+
+        return self.proj(self.gated(self.by_rows(part, q, keys=k.shape[2]), x))
 
 
 class AggregatedMixtureOfHeads(_Cosine, name="moh_aggregated"):
@@ -192,8 +211,13 @@ class AggregatedMixtureOfHeads(_Cosine, name="moh_aggregated"):
         k, v = self._keys(x)
         far_k, far_v = self._keys(self._pooled(x, shape, pools))
         bias = self.position_bias(shape, pools)
-        far = attend(q, far_k, far_v, bias=bias, scale=1.0, return_lse=True)
-        out, _ = merge(self._near(q, k, v, shape), far)
+
+        def part(q: Tensor, place: Tensor, _seen: int) -> Tensor:
+            out, lse = attend(q, far_k, far_v, bias=bias(place[0, 0]), scale=1.0, return_lse=True)
+            return torch.cat([out.to(lse.dtype), lse[..., None]], -1)
+
+        far = self.by_rows(part, q, keys=prod(pools))
+        out, _ = merge(self._near(q, k, v, shape), (far[..., :-1].to(q.dtype), far[..., -1]))
         return self.proj(self.gated(out + self._learned(direct, v, shape), x))
 
     def _keys(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -204,6 +204,53 @@ def create_attention(
     return made
 
 
+def create_map_attention(
+    attention: str | Mapping[str, Any], dim: int, shape: Sequence[int], **defaults: Any
+) -> AttentionLayer:
+    """`create_attention` for the tokens of a map, looking both ways.
+
+    Args:
+        shape: height and width of the map; layers that know of grids get it, as the size of their position
+            tables. Maps of other sizes go through `on_tokens` as well.
+    """
+    name = attention if isinstance(attention, str) else str(attention.get("name"))
+    grid = {"shape": tuple(shape)} if "shape" in layer_options(find_layer(name)) else {}
+    return create_attention(attention, dim, causal=False, **grid, **defaults)
+
+
+def on_tokens(layer: AttentionLayer, x: Tensor, shape: Sequence[int], mask: Tensor | None = None) -> Tensor:
+    """A layer on tokens `(B, N, C)` that fill a map of this height and width row by row.
+
+    Class tokens stand before those of the map, for layers that take them.
+    """
+    if hasattr(layer, "shape"):
+        layer.shape = tuple(shape)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    return layer(x, mask=mask)
+
+
+def check_supports(layer: AttentionLayer, *abilities: str, reason: str) -> None:
+    """Raises `AttentionError` where a layer that looks both ways lacks what a model needs of it.
+
+    Args:
+        abilities: fields of `Supports`.
+        reason: what the model needs them for, "batches hold images of several sizes".
+    """
+    lacking = [ability for ability in abilities if not getattr(layer.supports, ability)]
+    if lacking:
+        able = able_layers("bidirectional", *abilities)
+        raise AttentionError(
+            f"{type(layer).__name__} has no {', no '.join(lacking)} among what it supports, but {reason}. "
+            f"These do: {', '.join(able)}."
+        )
+
+
+def able_layers(*abilities: str) -> list[str]:
+    """Names of the layers that support all of these."""
+    return sorted(
+        name for name, layer in LAYERS.items() if all(getattr(layer.supports, a) for a in abilities)
+    )
+
+
 def find_layer(name: str) -> type[AttentionLayer]:
     """The class of a layer.
 
@@ -259,6 +306,6 @@ def _direction(name: str, causal: bool | None) -> dict[str, bool]:
         return {"causal": causal}
     wanted = "causal" if causal else "bidirectional"
     if not getattr(can, wanted):
-        able = sorted(other for other, layer in LAYERS.items() if getattr(layer.supports, wanted))
-        raise AttentionError(f"Attention {name!r} is not {wanted}. These are: {', '.join(able)}.")
+        able = ", ".join(able_layers(wanted))
+        raise AttentionError(f"Attention {name!r} is not {wanted}. These are: {able}.")
     return {}

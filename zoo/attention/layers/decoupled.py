@@ -156,20 +156,9 @@ def fuse_heads(
             "heads are fused from a MultiHead with num_kv_heads = num_heads, not from a "
             f"{type(layer).__name__} with {layer.num_kv_heads} for {layer.num_heads}"
         )
-    fused = DecoupledHeads(
-        layer.dim,
-        layer.num_heads,
-        key_heads=key_heads,
-        value_heads=value_heads,
-        head_dim=layer.head_dim,
-        context_dim=layer.context_dim,
-        causal=layer.causal,
-        window=layer.window,
-        rope_theta=layer.rope_theta,
-        rotary_dim=layer.rotary_dim,
-        yarn=layer.yarn,
-        dropout=layer.dropout,
-    )
+    options = layer.options()
+    del options["num_kv_heads"]
+    fused = DecoupledHeads(layer.dim, key_heads=key_heads, value_heads=value_heads, **options)
     for name in ("q_proj", "o_proj", "q_norm", "k_norm"):
         fused.set_submodule(name, copy.deepcopy(layer.get_submodule(name)))
     fused.set_submodule("k_proj", FusedProjection(layer.k_proj, fused.key_map, penalty))

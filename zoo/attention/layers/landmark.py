@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from zoo.attention.attend import attend
+from zoo.attention.backends import rows_at_once
 from zoo.attention.errors import AttentionError
 from zoo.attention.kernels import softmax
 from zoo.attention.layers.sparse import Selecting
+from zoo.attention.select import by_rows
 
 
 class GroupedSoftmax:
@@ -23,6 +25,8 @@ class GroupedSoftmax:
         landmarks: bool `(B, Nk)` or `(1, Nk)`: the token that closes a block. The last query stands at the
             last key.
     """
+
+    placed = True
 
     def __init__(self, landmarks: Tensor) -> None:
         if landmarks.dtype != torch.bool or landmarks.ndim != 2:
@@ -60,7 +64,8 @@ def _softmax_by_group(scores: Tensor, group: Tensor) -> Tensor:
 class Landmark(Selecting, name="landmark"):
     """Landmark attention: the last token of each block is a landmark, through which later blocks reach it.
 
-    The cost is that of dense attention; what it buys is that blocks can be retrieved by their landmarks.
+    The time is that of dense attention, the memory linear; what it buys is that blocks can be retrieved by
+    their landmarks.
 
     Args:
         dim: width of the tokens.
@@ -79,5 +84,11 @@ class Landmark(Selecting, name="landmark"):
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         place = torch.arange(k.shape[2], device=k.device)
-        kernel = GroupedSoftmax((place % self.block_size == self.block_size - 1)[None])
-        return attend(q, k, v, pattern=self.pattern(k.shape[2], mask), kernel=kernel)
+        landmarks = (place % self.block_size == self.block_size - 1)[None]
+
+        def part(q: Tensor, seen: int) -> Tensor:
+            pattern = self.pattern(seen, None if mask is None else mask[:, :seen])
+            kernel = GroupedSoftmax(landmarks[:, :seen])
+            return attend(q, k[:, :, :seen], v[:, :, :seen], pattern=pattern, kernel=kernel)
+
+        return by_rows(part, q, keys=k.shape[2], rows=rows_at_once(q, k.shape[2]))

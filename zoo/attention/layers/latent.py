@@ -106,6 +106,26 @@ class MultiHeadLatent(AttentionLayer, name="mla"):
             raise AttentionError("only causal layers decode step by step")
         return HeadCache(self)
 
+    def options(self) -> dict[str, Any]:
+        """The arguments after `dim` that make such an MLA again; those that are None left out."""
+        queries = self.q_proj if self.q_rank is None else self.q_b_proj
+        options = {
+            "num_heads": self.num_heads,
+            "kv_rank": self.kv_rank,
+            "q_rank": self.q_rank,
+            "nope_dim": self.nope_dim,
+            "rope_dim": self.rope_dim,
+            "value_dim": self.value_dim,
+            "bias": self.o_proj.bias is not None,
+            "query_bias": queries.bias is not None,
+            "latent_norm": isinstance(self.kv_a_layernorm, HeadNorm),
+            "rope_theta": self.rope_theta,
+            "yarn": self.yarn,
+            "interleaved": self.interleaved,
+            "causal": self.causal,
+        }
+        return {key: value for key, value in options.items() if value is not None}
+
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine `(N, dr / 2)` of positions `(N,)`, or `(B, 1, N, dr / 2)` of `(B, N)`."""
         places = positions if positions.ndim == 1 else positions[:, None]
@@ -262,26 +282,9 @@ def shard_latent(
     """
     if type(layer) is not MultiHeadLatent:
         raise AttentionError(f"shards are cut from MultiHeadLatent, not from {type(layer).__name__}")
-    queries = layer.q_proj if layer.q_rank is None else layer.q_b_proj
     rotation = "hadamard" if calibration is None else "identity"
-    sharded = TensorParallelLatent(
-        layer.dim,
-        layer.num_heads,
-        shards=shards,
-        rotation=rotation,
-        kv_rank=layer.kv_rank,
-        q_rank=layer.q_rank,
-        nope_dim=layer.nope_dim,
-        rope_dim=layer.rope_dim,
-        value_dim=layer.value_dim,
-        bias=layer.o_proj.bias is not None,
-        query_bias=queries.bias is not None,
-        latent_norm=isinstance(layer.kv_a_layernorm, HeadNorm),
-        rope_theta=layer.rope_theta,
-        yarn=layer.yarn,
-        interleaved=layer.interleaved,
-        causal=layer.causal,
-    ).to(layer.o_proj.weight)
+    sharded = TensorParallelLatent(layer.dim, shards=shards, rotation=rotation, **layer.options())
+    sharded = sharded.to(layer.o_proj.weight)
     turn = rotation_matrix(rotation, layer.kv_rank) if calibration is None else _principal(layer, calibration)
     turn = turn.to(sharded.turn)
     up = layer.kv_b_proj.weight @ turn

@@ -151,6 +151,27 @@ class MultiHead(AttentionLayer, name="multihead"):
             raise AttentionError("step by step decoding needs causal=True")
         return HeadCache(self) if self.window is None else WindowCache(self, self.window)
 
+    def options(self) -> dict[str, Any]:
+        """The arguments after `dim` that make such a `MultiHead` again; those that are None left out."""
+        normed = hasattr(self.q_norm, "eps")
+        options = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "context_dim": self.context_dim,
+            "causal": self.causal,
+            "window": self.window,
+            "rope_theta": self.rope_theta,
+            "rotary_dim": self.rotary_dim if self.rope_theta is not None else None,
+            "yarn": self.yarn,
+            "qk_norm": normed,
+            "norm_eps": self.q_norm.eps if normed else None,
+            "qkv_bias": self.q_proj.bias is not None,
+            "out_bias": self.o_proj.bias is not None,
+            "dropout": self.dropout,
+        }
+        return {key: value for key, value in options.items() if value is not None}
+
     def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine `(N, r)`, or `(B, 1, N, r)`."""
         assert self.rope_theta is not None

@@ -298,13 +298,12 @@ class BranchCache(Cache):
         return self.attention.nbytes() + self.memory.nbytes()
 
 
-class _WithWindow(RealFirst):
-    """A memory, and attention to a sliding window and to persistent tokens.
+class _BesideMemory(RealFirst):
+    """Attention to the tokens nearby and to persistent ones, beside a memory.
 
     Args:
         dim: C.
         num_heads: of the attention; the memory has one.
-        window: keys that a query sees, itself included.
         persistent: number of persistent tokens.
         memory: options of `NeuralMemory`.
         attention: options of `MultiHead`.
@@ -315,16 +314,40 @@ class _WithWindow(RealFirst):
         dim: int,
         num_heads: int,
         *,
-        window: int = 64,
         persistent: int = 4,
         memory: Mapping[str, Any] | None = None,
         attention: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.dim = dim
-        options = _checked("local", {"num_heads": num_heads, "window": window} | dict(attention or {}))
-        self.attention = PersistentWindow(dim, persistent=persistent, **options)
+        self._build_attention(persistent, {"num_heads": num_heads} | dict(attention or {}))
         self.memory = NeuralMemory(dim, **_checked("titans", memory or {}))
+
+    def _build_attention(self, persistent: int, options: Mapping[str, Any]) -> None:
+        """Sets `attention`, which has these options."""
+        raise NotImplementedError
+
+
+class _WithWindow(_BesideMemory):
+    """A memory, and attention to a sliding window and to persistent tokens.
+
+    Args:
+        window: keys that a query sees, itself included.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window: int = 64,
+        attention: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, attention={"window": window} | dict(attention or {}), **options)
+
+    def _build_attention(self, persistent: int, options: Mapping[str, Any]) -> None:
+        self.attention = PersistentWindow(self.dim, persistent=persistent, **_checked("local", options))
 
     def flow(self, x: Tensor, positions: Tensor | None, cache: Cache | None) -> Tensor:
         attention, memory = (
@@ -403,7 +426,7 @@ class ContextCache(Cache):
         return nbytes(self.state) + self.own.nbytes() + self.recalled.nbytes()
 
 
-class MemoryAsContext(RealFirst, name="titans_mac"):
+class MemoryAsContext(_BesideMemory, name="titans_mac"):
     """MAC (Behrouz et al. 2025, section 4.1): attention inside segments, with the memory as further context.
 
     In each segment, the memory as it was before answers the tokens, `h_t = f(q_t)`. A token attends to the
@@ -414,33 +437,19 @@ class MemoryAsContext(RealFirst, name="titans_mac"):
     There is a loop over segments, since what one stores comes out of its attention, and none over tokens.
 
     Args:
-        dim: C.
-        num_heads: of the attention; the memory has one.
         segment: tokens of a segment.
-        persistent: number of persistent tokens.
-        memory: options of `NeuralMemory`.
-        attention: options of `MultiHead`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        segment: int = 64,
-        persistent: int = 4,
-        memory: Mapping[str, Any] | None = None,
-        attention: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
+    def __init__(self, dim: int, num_heads: int, *, segment: int = 64, **options: Any) -> None:
         if segment < 1:
             raise AttentionError(f"a segment has at least one token, not {segment}")
-        self.dim, self.segment = dim, segment
-        options = _checked("multihead", {"num_heads": num_heads} | dict(attention or {}))
-        self.attention = MultiHead(dim, causal=True, **options)
-        self.persistent = PersistentTokens(persistent, dim)
-        self.memory = NeuralMemory(dim, **_checked("titans", memory or {}))
+        super().__init__(dim, num_heads, **options)
+        self.segment = segment
         self.gate = MemoryGate(dim)
+
+    def _build_attention(self, persistent: int, options: Mapping[str, Any]) -> None:
+        self.attention = MultiHead(self.dim, causal=True, **_checked("multihead", options))
+        self.persistent = PersistentTokens(persistent, self.dim)
 
     def flow(self, x: Tensor, positions: Tensor | None, cache: Cache | None) -> Tensor:
         kept = cache if isinstance(cache, ContextCache) else None

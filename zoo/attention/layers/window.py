@@ -12,7 +12,7 @@ from zoo.attention.errors import AttentionError
 from zoo.attention.layers.base import Supports, masked
 from zoo.attention.layers.multihead import MultiHead
 from zoo.attention.merge import merge
-from zoo.attention.neighbourhood import ShiftedWindows
+from zoo.attention.packed import ShiftedGroups
 from zoo.attention.patterns import EqualGroups, Padding, Pattern, Rule, Window
 
 
@@ -116,7 +116,7 @@ class ShiftedSparse(MultiHead, name="s2"):
             rolled = (x.roll(-size // 2, dims=2) for x in moving)
             second = attend(*rolled, pattern=EqualGroups(size) & seen, dropout=self.dropout)
             return torch.cat([first, second.roll(size // 2, dims=2)], dim=1)
-        shifted = ShiftedWindows(q.shape[2], size, shift=size // 2, device=q.device)
+        shifted = ShiftedGroups(q.shape[2], size, size // 2, q.device)
         first = self._groups(still, EqualGroups(size) & seen, BeforeGroup(size), mask)
         second = self._groups(moving, shifted & seen, BeforeGroup(size, size // 2), mask)
         return torch.cat([first, second], dim=1)

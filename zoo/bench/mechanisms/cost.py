@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from zoo.attention.layers import AttentionLayer, auxiliary_loss, create_attention, find_layer
 from zoo.bench.compare import scaling
+from zoo.bench.memory import peak_memory
 from zoo.bench.report import Curve, Point
-from zoo.bench.timing import Call
+from zoo.bench.timing import Call, stopwatch
 
 PATTERNS = {
     "NS": "noncausal self",
@@ -22,22 +23,28 @@ PATTERNS = {
 }
 """Causal cross: no output depends on a later query, so that queries may come one by one."""
 DIM, HEADS = 64, 4
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Limits:
     """How far a curve is followed: a size is left out where the one before, grown as the square of the
-    tokens, says that it takes more."""
+    tokens, says that it may take more."""
 
     sizes: tuple[int, ...] = (256, 1024, 4096, 16_384)
     seconds: float = 60.0
     bytes: int = 6 * 2**30
 
-    def allow(self, last: Point | None, size: int) -> bool:
+    def forbids(self, last: Point | None, size: int) -> str:
+        """Why a size is left out after this last one; empty where it is not."""
         if last is None:
-            return True
+            return ""
         growth = (size / last.size) ** 2
-        return last.seconds * growth <= self.seconds and last.bytes * growth <= self.bytes
+        if (seconds := last.seconds * growth) > self.seconds:
+            return f"{size:,} tokens may take {seconds:,.0f} s, over {self.seconds:g} s"
+        if (needed := last.bytes * growth) > self.bytes:
+            return f"{size:,} tokens may take {needed / GIB:,.1f} GiB, over {self.bytes / GIB:,.2g} GiB"
+        return ""
 
 
 def patterns(attention: Mapping[str, Any]) -> list[str]:
@@ -66,11 +73,22 @@ def build(attention: Mapping[str, Any], pattern: str, device: torch.device) -> A
 
 
 def grown(
-    name: str, attention: Mapping[str, Any], pattern: str, limits: Limits, repeats: int, device: torch.device
-) -> Curve:
-    """Forward and backward of one row of N tokens, with as many of context for cross attention.
+    name: str,
+    attention: Mapping[str, Any],
+    pattern: str,
+    limits: Limits,
+    repeats: int,
+    device: torch.device,
+    known: Sequence[Point] = (),
+) -> tuple[Curve, str]:
+    """Forward and backward of one row of N tokens, with as many of context for cross attention; and why the
+    curve ends before the last size, if it does.
 
-    The median of `repeats` rounds; where one takes over a second, a single round.
+    The median of `repeats` rounds; where one takes over a second, a single one, in which its memory is
+    followed, too.
+
+    Args:
+        known: of smaller sizes, measured earlier.
     """
     layer = build(attention, pattern, device)
 
@@ -85,11 +103,20 @@ def grown(
 
         return forward_and_backward
 
-    points: list[Point] = []
-    for size in limits.sizes:
+    points = list(known)
+    for size in limits.sizes[len(points) :]:
         last = points[-1] if points else None
-        if not limits.allow(last, size):
-            break
-        long = last is not None and last.seconds * size / last.size > 1
-        points += scaling(name, at, [size], repeats=1 if long else repeats, device=device).points
-    return Curve(name, tuple(points))
+        if reason := limits.forbids(last, size):
+            return Curve(name, tuple(points)), reason
+        if last is not None and last.seconds * size / last.size > 1:
+            points.append(_measured_once(at(size), size, device))
+        else:
+            points += scaling(name, at, [size], repeats=repeats, device=device).points
+    return Curve(name, tuple(points)), ""
+
+
+def _measured_once(call: Call, size: int, device: torch.device) -> Point:
+    """Time and memory of the same call, which is long enough that following its memory costs nothing."""
+    timer, seconds = stopwatch(device), []
+    peak = peak_memory(lambda: seconds.append(timer(call)), device)
+    return Point(size, seconds[0], peak)

@@ -43,6 +43,14 @@ def _superres(results: Mapping[str, Any]) -> float:
     return results["mean"]["model"]["psnr_y"]
 
 
+def _atoms(results: Mapping[str, Any]) -> float:
+    return 1000 * results["mean"]["force_mae"]
+
+
+def _detection(results: Mapping[str, Any]) -> float:
+    return 100 * results["scores"]["group_detr_mini"]["AP50"]
+
+
 DOMAIN_TASKS = {
     "traffic": DomainTask(
         "MAE, lower is better",
@@ -68,10 +76,30 @@ DOMAIN_TASKS = {
         ("trainer.max_steps=1",),
         _superres,
     ),
+    "atoms": DomainTask(
+        "force MAE, meV/Å, lower is better",
+        ("model=allscaip_mini", "data.frames=200", "trainer.max_epochs=4"),
+        ("model=allscaip_mini", "data.frames=20", "trainer.max_steps=1"),
+        _atoms,
+    ),
+    "detection": DomainTask(
+        "AP50, %",
+        ("data.baselines=false", "trainer.max_steps=500"),
+        ("data.baselines=false", "data.count=[8,4,4]", "trainer.max_steps=1"),
+        _detection,
+    ),
 }
-"""By domain, with its default model and data. Atoms and detection have attentions of their own, which no
-other layer can stand for: over the neighbours of atoms, and at places that queries predict."""
+"""By domain, with its default model and data; of atoms a small AllScAIP, whose attention among all atoms is
+swapped, of detection the encoder's. Attention over the neighbours of an atom, and at places that queries
+predict, stays: no other layer can stand for it."""
 _ALWAYS = ("plots=false", "logger.tensorboard=false", "trainer.enable_progress_bar=false")
+
+
+def overrides(attention: Mapping[str, Any], domain: str, *, quick: bool, seed: int) -> tuple[str, ...]:
+    """Of `zoo train`: what tells one run of a comparison from another."""
+    task = DOMAIN_TASKS[domain]
+    given = (f"model.attention.{key}={value}" for key, value in attention.items())
+    return (*given, *(task.quick if quick else task.overrides), f"seed={seed}")
 
 
 def swapped(name: str, attention: Mapping[str, Any], domain: str, *, quick: bool, seed: int) -> Swapped:
@@ -83,9 +111,7 @@ def swapped(name: str, attention: Mapping[str, Any], domain: str, *, quick: bool
     from zoo.config import compose
     from zoo.training.run import train
 
-    task = DOMAIN_TASKS[domain]
-    given = [f"model.attention.{key}={value}" for key, value in attention.items()]
-    chosen = (*given, *(task.quick if quick else task.overrides), f"seed={seed}")
+    task, chosen = DOMAIN_TASKS[domain], overrides(attention, domain, quick=quick, seed=seed)
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run_dir = f"run_dir={Path(folder) / 'run'}"
         run = train(compose("train", [f"domain={domain}", *chosen, *_ALWAYS, run_dir]))

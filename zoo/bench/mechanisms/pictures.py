@@ -22,11 +22,11 @@ STYLE: dict[Any, Any] = plots.STYLE | plots.GRID | {"axes.titlesize": 10, "axes.
 def draw_accuracy(record: Record, path: Path) -> None:
     """A panel for each task: a dot for each layer, a line at the score of guessing."""
     tasks = [name for name in TASKS if any(task == name for _, task in record.trained)]
-    longest = max(len(_of(record, task)) for task in tasks)
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
-    size = (4.6 * columns, rows * (1.4 + 0.19 * longest) + 0.6)
-    with plots.canvas(path, size, STYLE, nrows=rows, ncols=columns) as (figure, axes):
+    columns = min(4, len(tasks))
+    rows = [tasks[i : i + columns] for i in range(0, len(tasks), columns)]
+    heights = [1.4 + 0.19 * max(len(_of(record, task)) for task in row) for row in rows]
+    grid: dict[str, Any] = {"nrows": len(rows), "ncols": columns, "height_ratios": heights}
+    with plots.canvas(path, (4 * columns, sum(heights) + 0.6), STYLE, colours=64, **grid) as (figure, axes):
         for ax in axes.flat[len(tasks) :]:
             ax.set_visible(False)
         for ax, task in zip(axes.flat, tasks, strict=False):
@@ -51,7 +51,7 @@ def _dots(ax: Axes, task: str, entries: list[Trained]) -> None:
     ax.set_ylim(-1.2, len(entries) - 0.4)
     ax.set_xlim(-2, 103)
     ax.set_xlabel("%")
-    ax.set_title(f"{task}: {TASKS[task].about}")
+    ax.set_title(f"{task}\n{TASKS[task].about}")
     ax.grid(False, axis="y")
 
 
@@ -60,7 +60,8 @@ def draw_cost(record: Record, path: Path) -> None:
     drawn = [p for p in PATTERNS if p != "CC" and any(p == pattern for _, pattern in record.costs)]
     lines = {pattern: _lines(record, pattern) for pattern in drawn}
     height = 2 * max(3.5, 1.2 + 0.12 * max(map(len, lines.values())))
-    with plots.canvas(path, (5.6 * len(drawn), height), STYLE, nrows=2, ncols=len(drawn)) as (figure, axes):
+    grid = {"nrows": 2, "ncols": len(drawn)}
+    with plots.canvas(path, (5.6 * len(drawn), height), STYLE, colours=64, **grid) as (figure, axes):
         for column, pattern in zip(axes.T, drawn, strict=True):
             title = PATTERNS[pattern].capitalize()
             draw_growth(column[0], lines[pattern], "seconds", 1e-3, f"{title}: time, ms", square=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,8 @@ from zoo.errors import ConfigError
 from zoo.files import atomic_write
 
 TITLE = "attention mechanisms"
+_BY_SEED = ("seeds", "accuracies", "tests", "seconds")
+"""Of `Trained`."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class Trained:
     budget: dict[str, Any]
     chance: float
     parameters: int
+    seeds: tuple[int, ...]
     accuracies: tuple[float, ...]
+    """One for each seed, as all that follows."""
     tests: tuple[dict[str, float], ...]
     seconds: tuple[float, ...]
 
@@ -40,6 +45,21 @@ class Trained:
     @property
     def accuracy(self) -> float:
         return fmean(self.accuracies)
+
+    def settings(self) -> dict[str, Any]:
+        """All but what belongs to a seed."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _BY_SEED}
+
+    def has(self, settings: Mapping[str, Any]) -> bool:
+        return all(getattr(self, name) == value for name, value in settings.items())
+
+    def with_seeds_of(self, earlier: Trained) -> Trained:
+        """Those of an earlier one with the same settings that are missing here, added."""
+        kept = [i for i, seed in enumerate(earlier.seeds) if seed not in self.seeds]
+        joined = {
+            name: (*(getattr(earlier, name)[i] for i in kept), *getattr(self, name)) for name in _BY_SEED
+        }
+        return dataclasses.replace(self, **joined)
 
     def tested(self) -> dict[str, float]:
         """Mean over the seeds of each further test."""
@@ -54,6 +74,8 @@ class Cost:
     pattern: str
     options: dict[str, Any]
     curve: Curve
+    ends: str = ""
+    """Why no further size was measured; empty where all were."""
 
     @property
     def part(self) -> str:
@@ -99,11 +121,15 @@ class Record:
     left_out: dict[tuple[str, str], LeftOut] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
-        """Enter it in the place of an earlier one of the same layer and part."""
+        """Enter it in the place of an earlier one of the same layer and part; seeds are added to those of
+        a training like it."""
         key = entry.name, entry.part
         self.left_out.pop(key, None)
         match entry:
             case Trained():
+                earlier = self.trained.get(key)
+                if earlier is not None and earlier.has(entry.settings()):
+                    entry = entry.with_seeds_of(earlier)
                 self.trained[key] = entry
             case Cost():
                 self.costs[key] = entry
@@ -144,16 +170,21 @@ def opened(path: Path, *, quick: bool) -> Record:
         raise ConfigError(f"{path} holds a {kind} run, which this one cannot add to: give another output=")
     record = Record(quick, stored["machines"])
     for values in stored["trained"]:
-        lists = {key: tuple(values[key]) for key in ("accuracies", "tests", "seconds")}
+        lists = {key: tuple(values[key]) for key in _BY_SEED}
         record.add(Trained(**{**values, **lists}))
     for values in stored["costs"]:
         curve = Curve(values["name"], tuple(Point(**point) for point in values["curve"]["points"]))
-        record.add(Cost(values["name"], values["pattern"], values["options"], curve))
+        record.add(Cost(values["name"], values["pattern"], values["options"], curve, values["ends"]))
     for values in stored["swapped"]:
         record.add(Swapped(**{**values, "overrides": tuple(values["overrides"])}))
     for values in stored["left_out"]:
         record.add(LeftOut(**values))
     return record
+
+
+def as_stored(sizes: Any) -> dict[str, Any]:
+    """The fields of a dataclass as they come back from a file."""
+    return json.loads(json.dumps(dataclasses.asdict(sizes)))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class Sheet:
     def markdown(self) -> str:
         headings, *rows = ([cell.replace("\n", ", ") for cell in row] for row in (self.headings, *self.rows))
         caption = f"\n{self.caption}\n" if self.caption else ""
-        return f"## {self.title}\n\n{markdown(headings, rows)}{caption}"
+        left = len(headings) if self.prose else 1
+        return f"## {self.title}\n\n{markdown(headings, rows, left=left)}{caption}"
 
     def __rich__(self) -> Table:
         table = Table(title=self.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=70)
@@ -55,18 +57,21 @@ class Found:
     def write(self, path: Path) -> None:
         """The record, its tables as Markdown, and pictures of accuracy and cost."""
         self.record.write(path)
-        text = "\n".join(sheet.markdown() for sheet in self.sheets())
         with atomic_write(path.with_suffix(".md"), "w") as file:
-            file.write(text)
+            file.write(self.markdown())
         stem = Path(self.picture).with_suffix("") if self.picture else path.with_suffix("")
         if self.record.trained:
             draw_accuracy(self.record, stem.with_name(f"{stem.name}_accuracy.png"))
         if self.record.costs:
             draw_cost(self.record, stem.with_name(f"{stem.name}_cost.png"))
 
+    def markdown(self) -> str:
+        """All tables."""
+        return "\n".join(sheet.markdown() for sheet in self.sheets())
+
     def sheets(self) -> list[Sheet]:
         made = [accuracy_sheet(self.record), *further_sheets(self.record), cost_sheet(self.record)]
-        made += [domain_sheet(self.record), left_out_sheet(self.record)]
+        made += [domain_sheet(self.record), ends_sheet(self.record), left_out_sheet(self.record)]
         return [sheet for sheet in made if sheet.rows]
 
     def __rich__(self) -> RenderableType:
@@ -74,8 +79,10 @@ class Found:
 
 
 def accuracy_sheet(record: Record) -> Sheet:
-    """Layers by tasks, the best on the first task first; below, the scores of guessing."""
-    tasks = [name for name in TASKS if any(task == name for _, task in record.trained)]
+    """Layers by tasks, those that most were trained on first, and the best on the first one first; below, the
+    scores of guessing."""
+    counts = Counter(task for _, task in record.trained)
+    tasks = sorted((name for name in TASKS if counts[name]), key=lambda name: -counts[name])
     names = dict.fromkeys(name for name, _ in record.trained)
 
     def key(name: str) -> list[float]:
@@ -87,8 +94,17 @@ def accuracy_sheet(record: Record) -> Sheet:
     ]
     chances = [next(e.chance for e in record.trained.values() if e.task == task) for task in tasks]
     guessing = [["guessing", *(_percent(chance) for chance in chances)]] if rows else []
-    caption = "percent; mean over seeds, ± half of their range; *: sees later tokens, too"
+    caption = f"percent; {_seeds(record.trained.values())}; *: sees later tokens, too"
     return Sheet("Accuracy on synthetic tasks", ["attention", *tasks], rows + guessing, caption)
+
+
+def _seeds(entries: Iterable[Trained]) -> str:
+    """How many seeds stand behind the figures of each task."""
+    counts: dict[str, set[int]] = {}
+    for entry in entries:
+        counts.setdefault(entry.task, set()).add(len(entry.seeds))
+    told = [f"{task} {'-'.join(map(str, sorted(n)))}" for task, n in counts.items()]
+    return f"mean over seeds, ± half of their range (seeds: {', '.join(told)})"
 
 
 def _named(name: str, record: Record) -> str:
@@ -168,6 +184,16 @@ def domain_sheet(record: Record) -> Sheet:
     found = {(e.name, f"{e.domain}\n{e.measure}"): f"{e.value:.3f}" for e in record.swapped.values()}
     rows = [[name, *(found.get((name, measure), "") for measure in measures)] for name in names]
     return Sheet("One task of each domain", ["attention", *measures], rows)
+
+
+def ends_sheet(record: Record) -> Sheet:
+    """Why curves of cost end before the largest size; causal cross attention is the noncausal computation."""
+    rows = [
+        [cost.name, PATTERNS[cost.pattern], cost.ends]
+        for cost in record.costs.values()
+        if cost.ends and cost.pattern != "CC"
+    ]
+    return Sheet("Not measured", ["attention", "pattern", "reason"], sorted(rows), prose=True)
 
 
 def left_out_sheet(record: Record) -> Sheet:

@@ -15,6 +15,8 @@ from zoo.bench.synthetic.model import TokenModel
 
 _TOKENS_AT_ONCE = 2**15
 """Of a batch that is tested."""
+_TOKENS_TESTED = 2**17
+"""At most, in one test."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def learned(
     draw = torch.Generator().manual_seed(seed + 1)
     drawn = task.draw(budget.examples, draw)
     tokens, labels = drawn.tokens.to(device), drawn.labels.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), budget.lr, weight_decay=budget.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), budget.lr, weight_decay=budget.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
 
     def loss(chosen: Tensor) -> Tensor:
@@ -100,9 +102,9 @@ def learned(
 
 @torch.inference_mode()
 def accuracy(model: TokenModel, task: Task, count: int, device: torch.device) -> float:
-    """The task's score on so many fresh examples, at most 2^20 tokens of them."""
+    """The task's score on so many fresh examples, at most 2^17 tokens of them."""
     model.eval()
-    count = max(1, min(count, 2**20 // task.length))
+    count = max(1, min(count, _TOKENS_TESTED // task.length))
     drawn = task.draw(count, torch.Generator().manual_seed(2**31 - 1))
     rows = max(1, _TOKENS_AT_ONCE // task.length)
     predicted = [model(part.to(device)).argmax(-1).cpu() for part in drawn.tokens.split(rows)]

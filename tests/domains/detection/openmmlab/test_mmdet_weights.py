@@ -17,9 +17,9 @@ from domains.detection.weights.detect import detect
 from domains.detection.weights.openmmlab import from_official, is_mmdet, to_official
 from zoo.cli.weights import app
 from zoo.errors import CheckpointError, ConfigError, ZooError
-from zoo.registry import to_official as official_of
-from zoo.registry import to_other
 from zoo.weights.checkpoint import load_model, save_model
+from zoo.weights.exchange import to_official as official_of
+from zoo.weights.exchange import to_other
 
 TINY = {"num_queries": 5, "backbone": "resnet18", "embed_dim": 32, "enc_layers": 1, "dec_layers": 2}
 """In mmdet the width of positions and the heads follow from these."""

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable
-from typing import Any
-
-from torch import Tensor
-
+from parity.families import Result, adapters_of
 from parity.fixture import Fixture, NoAdapter
-
-Result = tuple[dict[str, Tensor], dict[str, Any]]
-Adapter = Callable[[Fixture], Result]
 
 
 def run(fixture: Fixture) -> Result:
@@ -21,9 +12,7 @@ def run(fixture: Fixture) -> Result:
     A model that is not listed goes to the entry that its name (without `h_`) starts with, in whole words: the
     configurations of one mechanism need one entry.
     """
-    adapters: dict[str, Adapter] = {}
-    for module in pkgutil.iter_modules(__path__):
-        adapters |= importlib.import_module(f"{__name__}.{module.name}").ADAPTERS
+    adapters = adapters_of(__name__)
     words = fixture.model.removeprefix("h_").split("_")
     for count in range(len(words), 0, -1):
         if (name := "_".join(words[:count])) in adapters:

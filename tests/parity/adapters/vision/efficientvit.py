@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from domains.vision.models.efficientvit import CascadedAttention, FusedCascade, as_map, tokens
+from domains.vision.models.efficientvit_blocks import CascadedAttention, FusedCascade, as_map, tokens
 from domains.vision.weights.efficientvit import official_name
 from parity.adapters.vision.common import loss_and_gradients, recorded
 from parity.fixture import Fixture
