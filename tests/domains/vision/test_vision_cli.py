@@ -178,7 +178,7 @@ def test_official_weights_predict_numbers_or_names_of_a_file(tmp_path: Path) -> 
         (("input=nowhere",), "is no file or folder"),
         ((), "needs images"),
         (("input=.", "output=labels.txt"), r"must be \.csv or \.parquet"),
-        (("input=.", "device=gpu"), "device=gpu is not one of"),
+        (("input=.", "device=gpu"), "device=gpu is not known"),
         (("input=.", "topk=0"), "at least 1"),
         (("input=.", "backtest=true"), "'backtest'"),
     ],
