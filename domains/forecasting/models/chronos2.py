@@ -316,9 +316,9 @@ class Chronos2(nn.Module):
     def folded(self) -> Iterator[None]:
         """Forward passes inside, without gradients, run with combined weights: faster, the same numbers.
 
-        Combining takes about the time of a pass over D tokens. The result is kept, in about two thirds of the
-        memory of the encoder, until a weight has another value; changes inside, or of a few elements through
-        `.data`, go unnoticed.
+        Combining takes about the time of a pass over D tokens. The result is kept, in about
+        the memory of the encoder, until a weight has another value; changes inside, or of a few elements
+        through `.data`, go unnoticed.
         """
         if self._kept is None or self._kept.is_outdated(self.encoder):
             self._kept = FoldedEncoder.of(self.encoder)
@@ -327,6 +327,10 @@ class Chronos2(nn.Module):
             yield
         finally:
             self._folded = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles come without combined weights, which are made again when needed."""
+        return {**self.__dict__, "_folded": None, "_kept": None}
 
     def _drops_unseen(self) -> bool:
         """Whether first patches without a value may be left out: only distances in time count."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -122,6 +125,16 @@ def test_a_single_changed_weight_is_noticed() -> None:
         plain = model(x, num_output_patches=1).normalised
         with model.folded():
             close(model(x, num_output_patches=1).normalised, plain)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_used_model_can_be_copied(copied: Callable[[Chronos2], Chronos2]) -> None:
+    model, x = small(), series(6)
+    with torch.no_grad(), model.folded():
+        forecast = model(x, num_output_patches=1).normalised
+    other = copied(model)
+    with torch.no_grad(), other.folded():
+        close(other(x, num_output_patches=1).normalised, forecast)
 
 
 @pytest.mark.parametrize("patches", [1, 7])
