@@ -221,7 +221,10 @@ def _points(entry: Mapping[str, Any], count: int | None, where: str) -> np.ndarr
     """`(K, 3)`"""
     if count is None:
         return None
-    values = np.asarray(entry.get("keypoints", np.zeros(3 * count)), np.float64).reshape(-1)
+    try:
+        values = np.asarray(entry.get("keypoints", np.zeros(3 * count)), np.float64).reshape(-1)
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: keypoints={entry['keypoints']} are not numbers.") from None
     if len(values) != 3 * count:
         raise DataError(
             f"{where}: {len(values)} numbers of keypoints; {count} keypoints have {3 * count}, each x, y and "
@@ -250,7 +253,10 @@ def skeleton_of(names: Sequence[str], links: Sequence[Sequence[int]], where: str
         for i, name in enumerate(names)
         if "left" in name and name.replace("left", "right", 1) in names
     )
-    own = tuple((int(a) - 1, int(b) - 1) for a, b in links)
+    try:
+        own = tuple((int(a) - 1, int(b) - 1) for a, b in links)
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: skeleton={links} are not pairs of numbers of keypoints.") from None
     if own and not all(0 <= i < len(names) for pair in own for i in pair):
         own = ()
     try:

@@ -1,5 +1,5 @@
-"""`zoo bench suite=detection`: Group DETR and Group Pose beside their plain layouts, pictures, matching and
-training; where mmdet is installed, Conditional DETR beside mmdet's."""
+"""`zoo bench suite=detection`: deformable attention beside `grid_sample`; Group DETR and Group Pose beside
+plain layouts: pictures, matching, training; where mmdet is installed, Conditional DETR beside mmdet's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from domains.detection.losses import Focal, box_terms
 from domains.detection.matching import Matcher, SetLoss, stack
 from domains.detection.models.detector import layers
+from zoo.bench.attention.deformable import SUITE as DEFORMABLE
 from zoo.bench.compare import Job, gradient_norm
 from zoo.bench.peer import load_peer
 from zoo.bench.suite import Case, Suite
@@ -182,6 +183,7 @@ def beside_mmdet() -> tuple[Case, ...]:
 
 SUITE = Suite(
     (
+        *DEFORMABLE.cases,
         inference(480, 640, target=1.25),
         inference(800, 1333, rounds=3),
         matching(8, 7),

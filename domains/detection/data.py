@@ -28,7 +28,7 @@ from zoo.training.data import DataModule
 PARTS = ("train", "val", "test")
 SPLIT = (0.8, 0.1, 0.1)
 CHOICES = {
-    "name": ("scenes", "figures", "coco", "yolo", "voc", "labelme"),
+    "name": ("scenes", "figures", "coco", "yolo", "voc", "labelme", "mmdet"),
     "invalid": ("drop", "error"),
     "corrupt": ("error", "skip"),
 }
@@ -43,8 +43,9 @@ class DetectionData(DataModule):
 
     Args:
         name: `scenes` (coloured shapes) and `figures` (stick figures with keypoints) are embedded; `coco`
-            (COCO, CrowdPose, Roboflow's export), `yolo`, `voc` and `labelme` are files of your own.
-        path: a folder in the layout of the format, or one file of annotations, which is split.
+            (COCO, CrowdPose, Roboflow's export), `yolo`, `voc` and `labelme` are files of your own, `mmdet`
+            those that a config of mmdet names.
+        path: a folder in the layout of the format; one file of annotations, which is split; or that config.
         train, val, test: instead, a COCO json file for each part; without `val` or `test`, shares of `train`.
         images: the folder of images, where it is none of the usual.
         keypoints: train poses; of `figures` always.

@@ -14,6 +14,10 @@ from zoo.errors import ConfigError, DataError, MissingExtra
 from zoo.files import find_files
 
 VIDEOS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"})
+COUNTED = frozenset({".mp4", ".avi", ".mov", ".m4v"})
+"""Videos whose head has the number of their frames; of others it is estimated."""
+WHOLE = 0.9
+"""Share of these that a whole video has at least: an editor may have cut some away without saying so."""
 
 
 class Frame(NamedTuple):
@@ -95,20 +99,31 @@ def _by_av(file: Path) -> Iterator[Image.Image]:
     av: Any = importlib.import_module("av")
     try:
         with av.open(str(file)) as container:
+            read, count = 0, container.streams.video[0].frames
             for frame in container.decode(video=0):
+                read += 1
                 yield frame.to_image().convert("RGB")
+        _check_whole(file, read, count)
+    except DataError:
+        raise
     except (OSError, IndexError, ValueError) as error:  # errors of PyAV are of these kinds
         raise DataError(f"{file} cannot be read as a video: {error}.") from None
 
 
 def _by_opencv(file: Path) -> Iterator[Image.Image]:
     cv2: Any = importlib.import_module("cv2")
-    video = cv2.VideoCapture(str(file))
-    read, any_read = video.read(), False
-    while read[0]:
-        any_read = True
-        yield Image.fromarray(read[1][..., ::-1].copy())
-        read = video.read()
+    video, read = cv2.VideoCapture(str(file)), 0
+    count = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    while (frame := video.read())[0]:
+        read += 1
+        yield Image.fromarray(frame[1][..., ::-1].copy())
     video.release()
-    if not any_read:
+    _check_whole(file, read, count)
+
+
+def _check_whole(file: Path, read: int, count: int) -> None:
+    """Raises `DataError` for a video without frames, or that ends before its head says."""
+    if not read:
         raise DataError(f"{file} cannot be read as a video.")
+    if file.suffix.lower() in COUNTED and read < WHOLE * count:
+        raise DataError(f"{file} ends after {read} of {count} frames: was it cut off?")

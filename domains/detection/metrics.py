@@ -161,6 +161,8 @@ def _check(content: Mapping[str, Any], entries: Any, kind: str) -> None:
         missing = [key for key in ("image_id", "category_id", "score", field) if key not in entry]
         if missing:
             raise DataError(f"Result {place} has no {missing[0]!r}.{_other_kind(missing[0], entry)}")
+        if unfit := [key for key in ("image_id", "category_id") if not isinstance(entry[key], int | str)]:
+            raise DataError(f"Result {place}: {unfit[0]}={entry[unfit[0]]!r} is no id.")
         if entry["image_id"] not in images:
             raise DataError(
                 f"Result {place} is of image {entry['image_id']!r}, which the annotations do not list."

@@ -101,7 +101,7 @@ def predict(model: nn.Module, facts: Mapping[str, Any], cfg: DictConfig) -> list
         if cfg.plots:
             pictures.append(_draw(frame, objects, known, cfg))
     if failed:
-        text = f"{len(failed)} of {len(files)} files were left out: {' '.join(failed)}"
+        text = f"{len(failed)} of {len(files)} files were left out, or their rest: {' '.join(failed)}"
         console.print(text, highlight=False, soft_wrap=True, markup=False)
     if not found:
         raise DataError(f"None of the {len(files)} files of input={cfg.input} can be read.")

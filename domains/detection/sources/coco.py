@@ -10,17 +10,14 @@ from typing import Any
 
 from domains.detection.annotations import Annotated, Collection, Findings, annotated, skeleton_of
 from domains.detection.keypoints import Skeleton
+from domains.detection.sources.text import read_text
 from zoo.errors import DataError
 
 
 def load_json(path: Path) -> Any:
     """Raises `DataError` for a file that is missing, cut off or otherwise no json, naming the place."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is no text: a json file is expected.") from None
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path} is no whole json file: {error.msg} at line {error.lineno}, character {error.pos}. Was "
@@ -76,14 +73,15 @@ def _categories(
     ids = [category["id"] for category in categories]
     if twice := {number for number in ids if ids.count(number) > 1}:
         raise DataError(f"{path}: the category id {min(twice)} is there twice.")
-    used = {entry.get("category_id") for entry in content["annotations"] if isinstance(entry, dict)}
-    above = {category.get("supercategory") for category in categories}
+    used = [entry.get("category_id") for entry in content["annotations"] if isinstance(entry, dict)]
+    used = {number for number in used if isinstance(number, int)}
+    above = {str(category.get("supercategory")) for category in categories}
     found = []
     for category in sorted(categories, key=lambda category: category["id"]):
         heading = category["id"] not in used and category["name"] in above
         if heading and category.get("supercategory") in (None, "none", ""):
             findings.add("headings of categories are no classes", f"{path}: {category['name']!r}")
-        elif not keypoints or category.get("keypoints"):
+        elif not keypoints or _has_keypoints(path, category):
             found.append(category)
     if not found:
         what = (
@@ -91,6 +89,13 @@ def _categories(
         )
         raise DataError(f"{path} has {what}.")
     return found
+
+
+def _has_keypoints(path: Path, category: Mapping[str, Any]) -> bool:
+    names = category.get("keypoints") or []
+    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+        raise DataError(f"{path}: the keypoints of {category['name']!r} are not a list of names: {names}.")
+    return bool(names)
 
 
 def _skeleton(path: Path, categories: Sequence[Mapping[str, Any]]) -> Skeleton:
@@ -111,13 +116,12 @@ def _by_image(
     findings: Findings,
 ) -> dict[int, list[dict[str, Any]]]:
     """Objects by image id, as `annotated` takes them."""
-    images = {image["id"] for image in content["images"] if isinstance(image, dict) and "id" in image}
+    images = {_number(image, "id", f"{path}: an image", whole=True) for image in content["images"]}
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for place, entry in enumerate(content["annotations"]):
-        where = f"{path}: annotation {entry.get('id', f'at place {place}')}"
-        for key in ("image_id", "category_id", "bbox"):
-            if key not in entry:
-                raise DataError(f"{where} has no {key!r}.")
+        where = f"{path}: annotation {entry.get('id', place) if isinstance(entry, dict) else place}"
+        for key in ("image_id", "category_id"):
+            _number(entry, key, where, whole=True)
         if entry["image_id"] not in images:
             raise DataError(f"{where} is of image {entry['image_id']}, which the file does not list.")
         if entry["category_id"] not in known:
@@ -127,16 +131,21 @@ def _by_image(
         if entry["category_id"] not in labels:
             findings.add("objects of categories without keypoints are left out", where)
             continue
-        if not isinstance(entry["bbox"], list) or len(entry["bbox"]) != 4:
-            raise DataError(f"{where}: bbox={entry['bbox']} is not [x, y, width, height].")
-        x, y, width, height = entry["bbox"]
+        if "bbox" not in entry:
+            raise DataError(f"{where} has no 'bbox'.")
+        sides = entry["bbox"]
+        if not isinstance(sides, list) or len(sides) != 4 or not all(map(_usable, sides)):
+            raise DataError(f"{where}: bbox={sides} is not [x, y, width, height], four finite numbers.")
+        if (crowd := entry.get("iscrowd")) not in (0, 1, None):
+            raise DataError(f"{where}: iscrowd={crowd!r} is neither 0 nor 1.")
+        x, y, width, height = sides
         found[entry["image_id"]].append(
             {
-                "id": entry.get("id", place + 1),
+                "id": _number(entry, "id", where, whole=True) if "id" in entry else place + 1,
                 "box": (x, y, x + width, y + height),
                 "label": labels[entry["category_id"]],
-                "area": entry.get("area"),
-                "crowd": entry.get("iscrowd", 0),
+                "area": None if entry.get("area") is None else _number(entry, "area", where),
+                "crowd": crowd,
                 **({"keypoints": entry["keypoints"]} if "keypoints" in entry else {}),
             }
         )
@@ -151,15 +160,36 @@ def _image(
     kind: Skeleton | None,
     findings: Findings,
 ) -> Annotated:
-    for key in ("id", "file_name", "height", "width"):
-        if key not in image:
-            raise DataError(f"{path}: an image has no {key!r}: {dict(image)}.")
+    where = f"{path}: the image {image['id']}"
+    if not isinstance(image.get("file_name"), str):
+        raise DataError(f"{where} has no 'file_name'.")
     return annotated(
         folder / image["file_name"],
         image["id"],
-        (int(image["height"]), int(image["width"])),
+        (_number(image, "height", where, whole=True), _number(image, "width", where, whole=True)),
         entries.get(image["id"], ()),
         findings,
         num_keypoints=len(kind.names) if kind else None,
         crowd_index=image.get("crowdIndex"),
     )
+
+
+def _number(entry: Mapping[str, Any], key: str, where: str, *, whole: bool = False) -> Any:
+    """What an entry has under a key.
+
+    Raises:
+        DataError: nothing, or no number.
+    """
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}, {entry!r}, is not made of names and values.")
+    if key not in entry:
+        raise DataError(f"{where} has no {key!r}.")
+    value = entry[key]
+    if not _usable(value) or (whole and value != int(value)):
+        raise DataError(f"{where}: {key}={value!r} is not a {'whole' if whole else 'finite'} number.")
+    return int(value) if whole else value
+
+
+def _usable(value: Any) -> bool:
+    """A number, and neither infinite nor NaN."""
+    return isinstance(value, int | float) and abs(value) < 2**63

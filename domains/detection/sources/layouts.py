@@ -9,6 +9,8 @@ from typing import Any
 from domains.detection.annotations import Collection
 from domains.detection.sources.coco import load_json, read_coco
 from domains.detection.sources.labelme import read_labelme
+from domains.detection.sources.openmmlab import read_mmdet
+from domains.detection.sources.text import read_text
 from domains.detection.sources.voc import read_voc
 from domains.detection.sources.yolo import read_description, read_yolo
 from zoo.errors import ConfigError, DataError
@@ -31,8 +33,8 @@ def read_parts(
     """The parts of a data set; `all` where it has none.
 
     Args:
-        name: `coco` (also CrowdPose and Roboflow's export), `yolo`, `voc` or `labelme`.
-        path: its folder, or one file of annotations.
+        name: `coco` (also CrowdPose and Roboflow's export), `yolo`, `voc`, `labelme` or `mmdet`.
+        path: its folder, or one file of annotations; of `mmdet` a config.
         files: instead, COCO json by part.
         images: the folder of images, where it is none of the usual.
         keypoints: read keypoints rather than boxes alone.
@@ -47,7 +49,7 @@ def read_parts(
             raise ConfigError("data.train, data.val and data.test name json files of data=coco.")
         return {part: _coco(file, images, keypoints, images_needed) for part, file in files.items()}
     if path is None:
-        raise ConfigError(f"data={name} needs data.path=FOLDER.")
+        raise ConfigError(f"data={name} needs data.path={'CONFIG.py' if name == 'mmdet' else 'FOLDER'}.")
     if not path.exists():
         raise DataError(f"There is no {path}.")
     if name == "coco":
@@ -55,6 +57,8 @@ def read_parts(
         return {part: _coco(file, images, keypoints, images_needed) for part, file in found.items()}
     if name == "labelme":
         return read_labelme(_labelme_files(path), images, keypoints=keypoints)
+    if name == "mmdet":
+        return read_mmdet(path, keypoints=keypoints)
     return _yolo(path, keypoints) if name == "yolo" else _voc(path, keypoints)
 
 
@@ -104,10 +108,13 @@ def _image_folder(file: Path, needed: bool) -> Path:
         DataError: nowhere.
     """
     content = load_json(file)
-    listed = content.get("images") if isinstance(content, dict) else None
-    if not listed or not isinstance(listed[0], dict) or "file_name" not in listed[0]:
+    try:
+        first = content["images"][0]["file_name"]
+    except (IndexError, KeyError, TypeError):
+        first = None
+    if not isinstance(first, str):
         return file.parent  # `read_coco` says what is wrong with the file
-    first, root = listed[0]["file_name"], file.parent.parent
+    root = file.parent.parent
     stem = file.stem.rpartition("_")[2]
     places = (root / stem, root / "images" / stem, root / "images", file.parent, file.parent / "images", root)
     for place in places:
@@ -180,7 +187,7 @@ def _voc_lists(root: Path) -> dict[str, list[Path]]:
     for part in PARTS:
         listed = root / "ImageSets" / "Main" / f"{part}.txt"
         if listed.is_file():
-            names = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
+            names = [line.split()[0] for line in read_text(listed).splitlines() if line.strip()]
             found[part] = [root / "Annotations" / f"{name}.xml" for name in names]
     every = sorted((root / "Annotations").glob("*.xml"))
     return {part: files for part, files in found.items() if files} or ({"all": every} if every else {})

@@ -32,8 +32,8 @@ def read_voc(files: Sequence[Path], images: Path, classes: Sequence[str] | None 
     found = []
     for number, (file, root) in enumerate(read, 1):
         name = _text(root, "filename", file)
-        image = table.get(name) or stems.get(file.stem) or file.with_name(name)
-        size = tuple(int(float(_text(root, f"size/{side}", file))) for side in ("height", "width"))
+        image = table.get(name) or stems.get(file.stem) or file.parent / name
+        size = tuple(_pixels(root, side, file) for side in ("height", "width"))
         objects = [
             _object(file, entry, names) | {"id": 1000 * number + n}
             for n, entry in enumerate(root.iter("object"), 1)
@@ -56,6 +56,14 @@ def _text(root: ElementTree.Element, name: str, file: Path) -> str:
     if not text or not text.strip():
         raise DataError(f"{file} has no <{name.replace('/', '><')}>: is it of Pascal VOC?")
     return text.strip()
+
+
+def _pixels(root: ElementTree.Element, side: str, file: Path) -> int:
+    text = _text(root, f"size/{side}", file)
+    try:
+        return int(float(text))
+    except (OverflowError, ValueError):
+        raise DataError(f"{file}: {side}={text} is no number of pixels.") from None
 
 
 def _classes(file: Path, root: ElementTree.Element) -> list[str]:

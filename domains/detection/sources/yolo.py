@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from domains.detection.annotations import Collection, Findings, annotated
 from domains.detection.keypoints import Skeleton, skeleton
 from domains.detection.pictures import is_picture, picture_size
+from domains.detection.sources.text import read_text
 from zoo.errors import DataError
 
 
@@ -40,7 +41,7 @@ def read_yolo(
         label = _label_file(file)
         if not label.is_file():
             findings.add("images have no text file, so no object", str(file))
-        lines = label.read_text().splitlines() if label.is_file() else []
+        lines = read_text(label).splitlines() if label.is_file() else []
         objects = [
             _object(f"{label}, line {n}", line, size, len(names), kind, dims, pose)
             | {"id": 1000 * number + n}
@@ -69,32 +70,40 @@ def read_description(path: Path) -> dict[str, Any]:
 
 def _names(description: Mapping[str, Any], where: str) -> list[str]:
     names = description.get("names")
-    if isinstance(names, str):
-        names = ast.literal_eval(names)
-    if isinstance(names, Mapping):
-        names = [names[key] for key in sorted(names, key=int)]
-    if not names:
+    try:
+        if isinstance(names, str):
+            names = ast.literal_eval(names)
+        if isinstance(names, Mapping):
+            names = [names[key] for key in sorted(names, key=int)]
+    except (SyntaxError, TypeError, ValueError):
+        names = None
+    if not names or not isinstance(names, Sequence):
         raise DataError(f"{where} has no 'names': the classes in the order of their numbers.")
     return [str(name) for name in names]
 
 
 def _skeleton(description: Mapping[str, Any], where: str) -> tuple[Skeleton, int]:
     """The skeleton, and how many numbers a keypoint has (2 or 3)."""
-    shape = description.get("kpt_shape")
-    if not shape or len(shape) != 2 or shape[1] not in (2, 3):
+    shape, flip = description.get("kpt_shape"), description.get("flip_idx")
+    if not isinstance(shape, list) or len(shape) != 2 or shape[1] not in (2, 3):
         raise DataError(f"{where} has no kpt_shape: [keypoints, 2 or 3], which files of poses need.")
-    count = int(shape[0])
-    flip = description.get("flip_idx")
+    count, dims = shape
+    if not isinstance(count, int) or count < 1:
+        raise DataError(f"{where}: kpt_shape={shape} starts with the number of keypoints.")
+    if flip is not None and (
+        not isinstance(flip, list) or sorted(flip, key=str) != sorted(range(count), key=str)
+    ):
+        raise DataError(f"{where}: flip_idx={flip} does not name each of {count} keypoints once.")
     if count == 17 or flip is None:
-        return skeleton("coco" if count == 17 else count), int(shape[1])
-    pairs = tuple((i, int(other)) for i, other in enumerate(flip) if i < int(other))
+        return skeleton("coco" if count == 17 else count), dims
+    pairs = tuple((i, other) for i, other in enumerate(flip) if i < other)
     plain = skeleton(count)
-    return Skeleton(plain.names, plain.sigmas, pairs), int(shape[1])
+    return Skeleton(plain.names, plain.sigmas, pairs), dims
 
 
 def _listed(images: Path) -> list[Path]:
     if images.is_file() and images.suffix == ".txt":
-        lines = [line.strip() for line in images.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text(images).splitlines() if line.strip()]
         return [Path(line) if Path(line).is_absolute() else images.parent / line for line in lines]
     if not images.is_dir():
         raise DataError(f"There is no folder {images}.")
@@ -127,8 +136,7 @@ def _object(
         values = [float(part) for part in re.split(r"[\s,]+", line.strip())]
     except ValueError:
         raise DataError(f"{where}: {line.strip()!r} is not numbers.") from None
-    label = int(values[0])
-    if label != values[0] or not 0 <= label < classes:
+    if values[0] not in range(classes):
         raise DataError(f"{where}: class {values[0]:g}; there are 0 to {classes - 1}.")
     given = values[1:]
     expected = 4 + (dims * len(kind.names) if kind else 0)
@@ -137,7 +145,7 @@ def _object(
     if len(given) < 4 or (len(given) % 2 and not pose):
         raise DataError(f"{where}: {len(given)} numbers after the class; a box has 4, an outline 6 or more.")
     scale = np.array([size[1], size[0]], np.float64)
-    found: dict[str, Any] = {"label": label, "box": _box(given, scale, pose=pose)}
+    found: dict[str, Any] = {"label": int(values[0]), "box": _box(given, scale, pose=pose)}
     if kind is not None:
         found["keypoints"] = _keypoints(given[4:], scale, dims)
     return found

@@ -97,6 +97,8 @@ def test_results_that_name_files_belong_to_the_images_of_those_names(tmp_path: P
     [
         ({"image_id": 77}, r"found\.json: Result 1 is of image 77, which the annotations do not list"),
         ({"image_id": "1"}, r"is of image '1', which"),
+        ({"image_id": [1]}, r"Result 1: image_id=\[1\] is no id"),
+        ({"category_id": {}}, r"Result 1: category_id=\{\} is no id"),
         ({"category_id": 1}, r"Result 1 \(image id 1\) is of category 1; the annotations have 3 \(cat\), 17"),
         ({"score": math.nan}, r"Result 1 \(image id 1\): score has numbers that are not finite"),
         ({"score": None}, r"score=\[None\] is not of numbers"),

@@ -157,6 +157,9 @@ class Capture:
     def __init__(self, path: str) -> None:
         self.left = 2 if Path(path).stat().st_size else 0
 
+    def get(self, what: str) -> float:
+        return {"frames": self.left}[what]
+
     def read(self) -> tuple[bool, np.ndarray | None]:
         self.left -= 1
         blue = np.zeros((10, 20, 3), np.uint8)
@@ -173,7 +176,9 @@ def opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     found = {"av": None, "cv2": True}
     monkeypatch.setattr(frames.importlib.util, "find_spec", lambda n: found[n] if n in found else real(n))
-    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=Capture))
+    monkeypatch.setitem(
+        sys.modules, "cv2", SimpleNamespace(VideoCapture=Capture, CAP_PROP_FRAME_COUNT="frames")
+    )
 
 
 def test_frames_of_an_animation_and_a_video_are_numbered_and_drawn(tmp_path: Path, opencv: None) -> None:

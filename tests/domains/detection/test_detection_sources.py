@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -136,19 +136,58 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"bbox=\[1, 2, 3\] is not"),
         (
             lambda c: c["annotations"][0].update(bbox=[1, 2, 3, math.nan]),
-            "annotation 1: the box .*finite",
+            r"annotation 1: bbox=\[1, 2, 3, nan\] .*finite",
         ),
         (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 has no 'bbox'"),
         (lambda c: c["categories"].append({"id": 3, "name": "cow"}), "category id 3 is there twice"),
         (lambda c: c.update(images=[]), "lists no images"),
         (lambda c: c.pop("categories"), "has no list 'categories'"),
-        (lambda c: c["images"][0].pop("height"), "an image has no 'height'"),
+        (lambda c: c["images"][0].pop("height"), "the image 1 has no 'height'"),
     ],
 )
 def test_files_that_contradict_themselves_are_refused(tmp_path: Path, change: Any, message: str) -> None:
     file = edited(two_images(tmp_path), change)
     with pytest.raises(DataError, match=message):
         read_coco(file, tmp_path / "val2017")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("images",), 3, "no list 'images'"),
+        (("images", 0), 3, "an image, 3, is not made of names and values"),
+        (("images", 0, "id"), [1], r"an image: id=\[1\] is not a whole number"),
+        (("images", 0, "height"), None, "the image 1: height=None is not a whole number"),
+        (("images", 0, "width"), float("inf"), "the image 1: width=inf is not a whole number"),
+        (("images", 0, "file_name"), 7, "the image 1 has no 'file_name'"),
+        (("annotations", 0), "box", "annotation 0, 'box', is not made of names and values"),
+        (("annotations", 0, "id"), "a", "annotation a: id='a' is not a whole number"),
+        (("annotations", 0, "image_id"), [], r"annotation 1: image_id=\[\] is not a whole"),
+        (("annotations", 0, "category_id"), {}, r"annotation 1: category_id=\{\} is not a whole"),
+        (("annotations", 0, "bbox"), [1, 2, None, 4], r"annotation 1: bbox=\[1, 2, None, 4\] is not"),
+        (("annotations", 0, "area"), float("nan"), "annotation 1: area=nan is not a finite number"),
+        (("annotations", 0, "iscrowd"), "no", "annotation 1: iscrowd='no' is neither 0 nor 1"),
+        (("annotations", 0, "keypoints"), "abc", "annotation 1: keypoints=abc are not numbers"),
+        (("categories", 0, "keypoints"), 3, "the keypoints of 'person' are not a list of names: 3"),
+    ],
+)
+def test_values_of_another_kind_are_named(
+    tmp_path: Path, place: tuple[str | int, ...], value: object, message: str
+) -> None:
+    file = write_coco(tmp_path, [pose(1, 1, (5, 5, 20, 20))], [PERSON]) / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    holder = content
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        read_parts("coco", file, keypoints=True)
+
+
+def test_links_of_a_skeleton_are_pairs() -> None:
+    with pytest.raises(DataError, match=r"f\.json: skeleton=\[3\] are not pairs of numbers"):
+        skeleton_of(["tip", "tail"], cast(Any, [3]), "f.json")
 
 
 def test_a_truncated_file_is_named_with_the_place(tmp_path: Path) -> None:
@@ -222,6 +261,7 @@ def test_yolo_poses_are_read(tmp_path: Path) -> None:
         ("2 0.5 0.5 0.5 0.5", "a.txt, line 1: class 2; there are 0 to 1"),
         ("0 0.5 0.5 0.5", "line 1: 3 numbers after the class"),
         ("0 0.5 0.5 0.5 0.5\n0 a b c d", "line 2: '0 a b c d' is not numbers"),
+        ("nan 0.5 0.5 0.5 0.5", "a.txt, line 1: class nan; there are 0 to 1"),
     ],
 )
 def test_bad_lines_of_yolo_are_named(tmp_path: Path, lines: str, message: str) -> None:
@@ -229,9 +269,32 @@ def test_bad_lines_of_yolo_are_named(tmp_path: Path, lines: str, message: str) -
         read_parts("yolo", yolo(tmp_path, lines))
 
 
-def test_yolo_without_names_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [None, 3, "[a", "abc", {"x": "a"}])
+def test_yolo_without_names_is_refused(tmp_path: Path, names: object) -> None:
     with pytest.raises(DataError, match=r"data.yaml has no 'names'"):
-        read_parts("yolo", yolo(tmp_path, "", names=None))
+        read_parts("yolo", yolo(tmp_path, "", names=names))
+
+
+def test_a_text_file_of_other_bytes_is_named(tmp_path: Path) -> None:
+    (yolo(tmp_path, "") / "labels" / "train" / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"a\.txt is no text file"):
+        read_parts("yolo", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"kpt_shape": 3}, "data.yaml has no kpt_shape"),
+        ({"kpt_shape": ["a", 3]}, r"kpt_shape=\['a', 3\] starts with the number of keypoints"),
+        ({"kpt_shape": [2, 3], "flip_idx": 5}, "flip_idx=5 does not name each of 2 keypoints once"),
+        ({"kpt_shape": [2, 3], "flip_idx": [0, 5]}, r"flip_idx=\[0, 5\] does not name each"),
+    ],
+)
+def test_wrong_descriptions_of_poses_are_explained(
+    tmp_path: Path, description: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read_parts("yolo", yolo(tmp_path, "", **description), keypoints=True)
 
 
 # ---- Pascal VOC --------------------------------------------------------------------------------------------
@@ -262,6 +325,15 @@ def test_a_truncated_xml_file_is_named(tmp_path: Path) -> None:
     write_image(tmp_path / "train" / "a.png")
     (tmp_path / "train" / "a.xml").write_text(XML[:60])
     with pytest.raises(DataError, match=r"a.xml is no whole xml file"):
+        read_parts("voc", tmp_path)
+
+
+@pytest.mark.parametrize("width", ["x", "nan", "inf"])
+def test_a_size_that_is_no_number_is_named(tmp_path: Path, width: str) -> None:
+    write_image(tmp_path / "train" / "a.png")
+    text = XML.format(name="cat", difficult=0).replace(">60<", f">{width}<")
+    (tmp_path / "train" / "a.xml").write_text(text)
+    with pytest.raises(DataError, match=rf"a\.xml: width={width} is no number of pixels"):
         read_parts("voc", tmp_path)
 
 
