@@ -68,7 +68,7 @@ def check(model: nn.Module, facts: Mapping[str, Any], cfg: DictConfig) -> list[P
     Args:
         model: a `Potential`.
         facts: stored with its weights.
-        cfg: as `configs/check.yaml`.
+        cfg: as `configs/check.yaml` with `configs/check/atoms.yaml`.
 
     Raises:
         DataError: structures that cannot be read, or that the model cannot take.

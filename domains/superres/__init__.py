@@ -24,6 +24,7 @@ register_domain(
         task="domains.superres.task:SuperresTask",
         data="domains.superres.data:SuperresData",
         predict="domains.superres.predict:predict",
+        verbs={"check": "domains.superres.seams:check"},
         detect="domains.superres.weights.detect:detect",
         example_inputs="domains.superres:example_inputs",
     )

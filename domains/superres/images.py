@@ -23,6 +23,8 @@ ICC_TAG = 34675
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_COLOUR = {1: 0, 2: 4, 3: 2, 4: 6}
 """Channels -> colour type of a PNG file."""
+DEEP_COLOURS = (0, 1, 2)
+"""Of a TIFF file: white is zero, black is zero, RGB."""
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ROWS_AT_ONCE = 64
 
@@ -178,6 +180,8 @@ def _deep_tiff(path: Path) -> Picture | None:
             return None
         if page.dtype != np.uint16:
             raise DataError(f"{path} holds {page.dtype}, not 8 or 16 bits a sample.")
+        if page.photometric not in DEEP_COLOURS:
+            raise DataError(f"{path} holds 16-bit {page.photometric.name}, not grey or RGB.")
         pixels = page.asarray()
         icc = page.tags.get(ICC_TAG)
         orientation = page.tags.get(ORIENTATION)

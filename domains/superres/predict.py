@@ -25,6 +25,8 @@ from zoo.errors import CheckpointError, ConfigError, DataError, ZooError, did_yo
 
 FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
 CORRUPT = ("skip", "error")
+LEAST = 16
+"""Pixels of a side that models see at least."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,11 @@ def enlarge(model: nn.Module, picture: Picture, **options: Any) -> Picture:
     Args:
         options: of `domains.superres.tiles.upscale`.
     """
-    scale = cast(Any, model).scale
-    height, width = picture.size
-    pixels = np.empty((height * scale, width * scale, picture.pixels.shape[2]), picture.pixels.dtype)
+    scale, (height, width) = cast(Any, model).scale, picture.size
+    top, left = before = tuple(max(LEAST - side, 0) // 2 for side in picture.size)
+    picture = _continued(picture, before)
+    shape = (picture.size[0] * scale, picture.size[1] * scale, picture.pixels.shape[2])
+    pixels = np.empty(shape, picture.pixels.dtype)
     channels = picture.colour.shape[2]
     upscale(model, _tensor(picture.colour), partial(_store, pixels[..., :channels]), **options)
     alpha = picture.alpha
@@ -94,7 +98,20 @@ def enlarge(model: nn.Module, picture: Picture, **options: Any) -> Picture:
         pixels[..., -1] = alpha.flat[0]
     elif alpha is not None:
         upscale(model, _tensor(alpha), partial(_store, pixels[..., -1:]), **options)
-    return Picture(pixels, picture.icc, picture.exif)
+    inner = pixels[scale * top : scale * (top + height), scale * left : scale * (left + width)]
+    return Picture(inner, picture.icc, picture.exif)
+
+
+def _continued(picture: Picture, before: tuple[int, ...]) -> Picture:
+    """Mirrored until no side is shorter than `LEAST`, with `before` rows and columns more at top and left.
+
+    No model has learned what to make of a line of pixels with zeros on either side.
+    """
+    missing = [max(LEAST - side, 0) for side in picture.size]
+    if not any(missing):
+        return picture
+    edges = [(n, most - n) for n, most in zip(before, missing, strict=True)]
+    return Picture(np.pad(picture.pixels, (*edges, (0, 0)), mode="symmetric"), picture.icc, picture.exif)
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:
@@ -112,22 +129,22 @@ def _store(target: np.ndarray, top: int, rows: Tensor) -> None:
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def find_pictures(source: str | None, output: Path) -> list[tuple[Path, Path]]:
+def find_pictures(source: str | None, output: Path | None, verb: str = "predict") -> list[tuple[Path, Path]]:
     """The pictures of a file, a folder with its subfolders, or a glob, with their place in the output.
 
-    What lies in the output folder is not taken for input.
+    What lies in the output folder, if there is one, is not taken for input.
 
     Raises:
         ConfigError: nothing was asked for.
         DataError: nothing is there.
     """
     if not source:
-        raise ConfigError("zoo predict needs pictures: input=FILE, input=FOLDER or input='FOLDER/*.png'.")
+        raise ConfigError(f"zoo {verb} needs pictures: input=FILE, input=FOLDER or input='FOLDER/*.png'.")
     path = Path(source)
     if path.is_file():
         return [(path, Path(path.name))]
     if path.is_dir():
-        inside = output.resolve() if output.resolve() != path.resolve() else None
+        inside = output.resolve() if output and output.resolve() != path.resolve() else None
         files = sorted(file for file in path.rglob("*") if file.is_file() and is_picture(file))
         found = [(f, f.relative_to(path)) for f in files if not (inside and inside in f.resolve().parents)]
     else:
@@ -203,7 +220,7 @@ def _enlarged(
     written: list[Path] = []
     comparisons: list[Path] = []
     failed: list[str] = []
-    with _progress() as bar:
+    with progress() as bar:
         whole = bar.add_task("Enlarging", total=len(jobs), visible=len(jobs) > 1)
         for job in jobs:
             tiles = bar.add_task(job.source.name, total=None)
@@ -249,7 +266,8 @@ def _compare(picture: Picture, result: Picture, job: Job, cfg: DictConfig) -> Pa
     return path
 
 
-def _progress() -> Progress:
+def progress() -> Progress:
+    """A bar that counts, with the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
 

@@ -4,7 +4,8 @@ Each tile sees `overlap` pixels beyond its border or more. Its outermost pixels 
 half of an overlap the weight goes over from one tile to the next in a ramp, so that weights always sum to 1.
 
 Models whose attention sees the whole input (CATANet's groups, DLGSANet's channels) give other numbers in
-tiles than on the whole picture; the ramp makes what remains of that difference invisible at the seams.
+tiles than on the whole picture; the ramp makes what remains of that difference invisible at the seams. Where
+their patches or windows lie they know by the place of the tile.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from domains.superres.models.place import Place
 from zoo.cli.console import console
 from zoo.errors import ConfigError, ZooError
 
-OVERLAP = 16
-SMALLEST, LARGEST = 48, 256
-"""Sides of automatic tiles, in low-resolution pixels."""
-BYTES_PER_PIXEL = 24_000
-"""Memory of a model per low-resolution pixel of a tile; a generous figure for the published ones at x4."""
+OVERLAP = 32
+SMALLEST, LOWEST = 64, 256
+"""Side of the least automatic tile, in low-resolution pixels; height below which none is made wider."""
+BYTES_PER_PIXEL = {2: 3_500, 3: 5_000, 4: 7_000}
+"""By scale, what the published models take at most for each low-resolution pixel of a tile."""
+TILE_MEMORY = 2**30
+"""The most that an automatic tile takes, so that 24 megapixels fit into 4 GiB with all else."""
 UNKNOWN_MEMORY = 2**31
 
 Emit = Callable[[int, Tensor], None]
@@ -41,34 +45,38 @@ def upscale(
     tile: int | str | None = "auto",
     overlap: int = OVERLAP,
     self_ensemble: bool = False,
+    halve: bool = True,
     step: Callable[[int, int], Any] | None = None,
 ) -> None:
     """Run a picture through a model and hand out the result by rows of tiles, from top to bottom.
 
-    Only a row of tiles is held as floats. When memory runs out, tiles of half the side are tried, and rows
-    are handed out again from the top.
+    Only a row of tiles is held as floats. When memory runs out, tiles of half the side are tried unless
+    `halve` is off, and rows are handed out again from the top.
 
     Args:
-        model: `(B, 3, H, W) -> (B, 3, sH, sW)`, with `scale` and `min_size`, on the device to use.
+        model: `(B, 3, H, W) -> (B, 3, sH, sW)`, with `scale` and `min_size`, on the device to use; told the
+            `Place` of every tile where it has `placed`.
         image: `(1 or 3, H, W)` uint8, uint16, or float in [0, 1], on any device; grey is repeated.
-        tile: side of a tile in low-resolution pixels; `auto` by the free memory; None: the whole picture.
+        tile: side of a tile in low-resolution pixels; `auto` by the free memory, and wider than high; None:
+            the whole picture.
         overlap: low-resolution pixels that neighbours share, at least.
         self_ensemble: mean over the eight flips and transposes of every tile.
+        halve: try smaller tiles when memory runs out.
         step: told after each tile how many are done, and of how many.
 
     Raises:
         ConfigError: tiles that are too small for the overlap or the model.
-        ZooError: memory does not suffice for the smallest tiles.
+        ZooError: memory does not suffice for the smallest tiles, or with `halve` off for these.
     """
-    side = _side(model, image, tile, overlap)
+    shape = tile_shape(model, image, tile, overlap)
     while True:
         try:
-            _upscale(model, image, emit, side, overlap, self_ensemble, step)
+            _upscale(model, image, emit, shape, overlap, self_ensemble, step)
             return
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            side = _smaller(model, side, overlap, error)
+            shape = _smaller(shape, smallest_tile(model, overlap) if halve else max(shape), error)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -85,10 +93,10 @@ def upscaled(model: nn.Module, image: Tensor, **options: Any) -> Tensor:
     return result
 
 
-def automatic_tile(device: torch.device) -> int:
-    """Side of the largest tile, in steps of 16, that takes at most a third of the free memory."""
-    side = math.isqrt(int(free_memory(device) / 3 / BYTES_PER_PIXEL)) // 16 * 16
-    return min(max(side, SMALLEST), LARGEST)
+def automatic_pixels(scale: int, device: torch.device) -> int:
+    """Low-resolution pixels of the largest tile that takes at most a third of the free memory."""
+    memory = min(free_memory(device) / 3, TILE_MEMORY)
+    return max(int(memory / BYTES_PER_PIXEL.get(scale, max(BYTES_PER_PIXEL.values()))), SMALLEST**2)
 
 
 def free_memory(device: torch.device) -> int:
@@ -102,20 +110,27 @@ def free_memory(device: torch.device) -> int:
 # ---- tiles -------------------------------------------------------------------------------------------------
 
 
-def _side(model: nn.Module, image: Tensor, tile: int | str | None, overlap: int) -> int:
-    """The side of the tiles, at most that of the picture."""
-    whole, smallest = max(image.shape[1:]), smallest_tile(model, overlap)
+def tile_shape(model: nn.Module, image: Tensor, tile: int | str | None, overlap: int) -> tuple[int, int]:
+    """Height and width of the tiles that `upscale` begins with, at most those of the picture.
+
+    Automatic ones are as wide as they can be at a height of `LOWEST`: the groups of CATANet run along rows.
+
+    Raises:
+        ConfigError: tiles that are too small for the overlap or the model.
+    """
+    (height, width), smallest = image.shape[1:], smallest_tile(model, overlap)
     if tile is None:
-        return whole
-    side = automatic_tile(_device(model)) if tile == "auto" else tile
-    if not isinstance(side, int) or side < smallest:
-        if tile == "auto":
-            return min(smallest, whole)
+        return height, width
+    if tile == "auto":
+        pixels = automatic_pixels(cast(Any, model).scale, _device(model))
+        rows = min(max(pixels // width, min(LOWEST, math.isqrt(pixels)), smallest), height)
+        return rows, min(max(pixels // rows, smallest), width)
+    if not isinstance(tile, int) or tile < smallest:
         raise ConfigError(
             f"tile={tile}: write auto, null for the whole picture, or at least {smallest} pixels (twice the "
             f"overlap of {overlap}, and what the model needs)."
         )
-    return min(side, whole)
+    return min(tile, height), min(tile, width)
 
 
 def smallest_tile(model: nn.Module, overlap: int) -> int:
@@ -123,13 +138,18 @@ def smallest_tile(model: nn.Module, overlap: int) -> int:
     return max(2 * overlap, cast(Any, model).min_size, 1)
 
 
-def _smaller(model: nn.Module, side: int, overlap: int, error: Exception) -> int:
-    smallest = smallest_tile(model, overlap)
-    if side <= smallest:
-        raise ZooError(f"Out of memory even for tiles of {side} pixels: {error}") from error
-    half = max(side // 2, smallest)
-    console.print(f"Out of memory with tiles of {side} pixels; going on with {half}.", highlight=False)
+def _smaller(shape: tuple[int, int], smallest: int, error: Exception) -> tuple[int, int]:
+    if max(shape) <= smallest:
+        raise ZooError(f"Out of memory even for tiles of {_named(shape)}: {error}") from error
+    half = (max(shape[0] // 2, smallest), max(shape[1] // 2, smallest))
+    console.print(
+        f"Out of memory with tiles of {_named(shape)}; going on with {_named(half)}.", highlight=False
+    )
     return half
+
+
+def _named(shape: tuple[int, int]) -> str:
+    return f"{shape[1]}x{shape[0]} pixels"
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -143,20 +163,21 @@ def _upscale(
     model: nn.Module,
     image: Tensor,
     emit: Emit,
-    side: int,
+    shape: tuple[int, int],
     overlap: int,
     self_ensemble: bool,
     step: Callable[[int, int], Any] | None,
 ) -> None:
     scale = cast(Any, model).scale
-    rows, columns = (_spans(length, side, overlap, scale) for length in image.shape[1:])
+    rows, columns = (_spans(*axis, overlap, scale) for axis in zip(image.shape[1:], shape, strict=True))
     width, done = image.shape[2] * scale, 0
     pending = torch.empty(3, 0, width)
     for top, bottom, row_weight, first in rows:
         band = torch.zeros(3, len(row_weight), width)
         for left, right, weight, start in columns:
             tile = _on_device(image[:, top:bottom, left:right], model)
-            result = _run(model, tile, self_ensemble)[0].float().cpu()
+            place = Place(top, left, image.shape[1], image.shape[2])
+            result = _run(model, tile, place, self_ensemble)[0].float().cpu()
             y, x = first - top * scale, start - left * scale
             inner = result[:, y : y + len(row_weight), x : x + len(weight)]
             band[:, :, start : start + len(weight)] += inner * weight
@@ -197,16 +218,36 @@ def _spans(length: int, side: int, overlap: int, scale: int) -> list[tuple[int, 
     return spans
 
 
-def _run(model: nn.Module, tile: Tensor, self_ensemble: bool) -> Tensor:
+def seams(image: Tensor, shape: tuple[int, int], overlap: int, scale: int) -> Tensor:
+    """Where tiles of an image `(C, H, W)` are blended, or meet where they share nothing: `(sH, sW)` bool."""
+    rows, columns = (_between(*axis, overlap, scale) for axis in zip(image.shape[1:], shape, strict=True))
+    return rows[:, None] | columns
+
+
+def _between(length: int, side: int, overlap: int, scale: int) -> Tensor:
+    found = torch.zeros(length * scale, dtype=torch.bool)
+    for (_, _, weight, first), (_, _, _, after) in pairwise(_spans(length, side, overlap, scale)):
+        last = first + len(weight)
+        found[min(after, last - 1) : max(last, after + 1)] = True
+    return found
+
+
+def _run(model: nn.Module, tile: Tensor, place: Place, self_ensemble: bool) -> Tensor:
     """`(1, 3, h, w)`; with `self_ensemble` the mean over flips and transposes, each turned back."""
     if not self_ensemble:
-        return model(tile)
+        return _placed(model, tile, place)
     total: Tensor | float = 0.0
     for flips in ((), (2,), (3,), (2, 3)):
         turned = tile.flip(flips)
-        total = total + model(turned).float().flip(flips)
-        total = total + model(turned.transpose(2, 3)).float().transpose(2, 3).flip(flips)
+        total = total + _placed(model, turned, place.turned(tile, flips, False)).float().flip(flips)
+        turned_place = place.turned(tile, flips, True)
+        found = _placed(model, turned.transpose(2, 3), turned_place).float()
+        total = total + found.transpose(2, 3).flip(flips)
     return cast(Tensor, total) / 8
+
+
+def _placed(model: nn.Module, tile: Tensor, place: Place) -> Tensor:
+    return model(tile, place) if getattr(model, "placed", False) else model(tile)
 
 
 def _on_device(tile: Tensor, model: nn.Module) -> Tensor:

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.attention.errors import AttentionError
 from zoo.attention.fused import softmax_with_lse
 from zoo.attention.kernels import Kernel, softmax
-from zoo.attention.patterns import Index, Pattern, Tile, whole
+from zoo.attention.patterns import Causal, Index, Pattern, Tile, whole
 
 SCORES = 2**20
 """Explicit scores that are in memory at once, where a tile has more: 4 MiB in float32.
@@ -36,6 +36,12 @@ SCORES = 2**20
 Measured on one CPU core with 4 heads of 1,536 tokens, forward and backward: 2.2 times (grouped softmax), 1.4
 times (stick-breaking) and once (softmax with a bias) as fast as the whole at once, though the backward pass
 computes scores again; 2**18 and 2**22 are slower.
+"""
+LONG = 512
+"""Tokens of a tile from which causal attention to padded rows does without a mask on a CPU.
+
+Measured on one busy core with 8 heads of width 64, forward and backward: 1.17 times as fast at 1,024 tokens,
+0.8 times at 256.
 """
 
 
@@ -153,6 +159,10 @@ def sdpa(p: Problem) -> tuple[Tensor, Tensor | None]:
 def _fused(tile: Tile, bias: Tensor | None, p: Problem) -> tuple[Tensor, Tensor | None]:
     if tile.q.shape[2] == 1 and tile.q.shape[1] != tile.k.shape[1] and bias is None:
         return _fused_single(tile, p)
+    if bias is None and _markable(tile, p):
+        keys = p.pattern.causal_keys(tile, *p.sizes[1:])
+        if keys is not None:
+            return _causal_to(keys, tile, p)
     # is_causal of torch is aligned top-left: the same only for equal lengths.
     is_causal = bias is None and p.pattern.causal_tiles(*p.sizes[1:])
     mask = None if is_causal else p.pattern.tile_mask(tile, *p.sizes)
@@ -175,6 +185,23 @@ def _fused(tile: Tile, bias: Tensor | None, p: Problem) -> tuple[Tensor, Tensor 
         enable_gqa=bool(q.shape[1] != k.shape[1]),
     )
     return out[..., : tile.v.shape[-1]], None
+
+
+def _markable(tile: Tile, p: Problem) -> bool:
+    """Whether `_causal_to` holds, and pays: float16 has no number low enough."""
+    eager = not torch.compiler.is_exporting() and tile.q.device.type == "cpu"
+    return eager and tile.q.shape[2] >= LONG and tile.q.dtype != torch.float16 and p.scale > 0
+
+
+def _causal_to(keys: Tensor, tile: Tile, p: Problem) -> tuple[Tensor, Tensor | None]:
+    """Causal attention to the keys of bool `(T or 1, 1, 1, n)` without a mask of n x n: a further channel of
+    the keys makes the weights of all others vanish."""
+    mark = torch.where(keys.mT, 0.0, -1e30).to(tile.k.dtype).expand(*tile.k.shape[:3], 1)
+    q = torch.cat([tile.q, torch.ones_like(tile.q[..., :1])], -1)
+    marked = tile._replace(q=q, k=torch.cat([tile.k, mark], -1))
+    out, lse = _fused(marked, None, p._replace(pattern=Causal()))
+    blind = keys[:, :, 0].cumsum(-1) == 0
+    return out.masked_fill(blind[..., None], 0), None if lse is None else lse.masked_fill(blind, -torch.inf)
 
 
 def _fused_single(tile: Tile, p: Problem) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,8 @@ Shapes: B batch, H heads, Hk key/value heads, N tokens, D head width; T tiles of
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import and_
 from typing import NamedTuple
 
 import torch
@@ -98,6 +100,11 @@ class Pattern:
     def causal_tiles(self, nq: int, nk: int) -> bool:
         """Whether a query of a tile sees its keys up to its own place in it: what kernels do without mask."""
         return False
+
+    def causal_keys(self, tile: Tile, nq: int, nk: int) -> Tensor | None:
+        """Bool `(T or 1, 1, 1, nk)`, where a query of a tile sees just those of these keys up to its own
+        place in it."""
+        return None
 
     def to(self, device: torch.device | str) -> Pattern:
         """The same pattern with its tensors on `device`."""
@@ -313,11 +320,27 @@ class Both(Pattern):
     def causal_tiles(self, nq: int, nk: int) -> bool:
         return self.leader.ordered and isinstance(self.other, Causal) and nq == nk
 
+    def causal_keys(self, tile: Tile, nq: int, nk: int) -> Tensor | None:
+        parts = _parts(self)
+        padding = [part for part in parts if isinstance(part, Padding)]
+        rest = [part for part in parts if not isinstance(part, Padding)]
+        if not padding or not rest or not reduce(and_, rest).causal_tiles(nq, nk):
+            return None
+        index = tile.index
+        return reduce(
+            and_, (p.keys[:, None, None] if index is None else index.allowed(p.rule(nq, nk)) for p in padding)
+        )
+
     def to(self, device: torch.device | str) -> Both:
         return Both(self.leader.to(device), self.other.to(device))
 
     def __repr__(self) -> str:
         return f"{self.leader} & {self.other}"
+
+
+def _parts(pattern: Pattern) -> list[Pattern]:
+    """Those that `pattern` is the conjunction of."""
+    return [*_parts(pattern.leader), *_parts(pattern.other)] if isinstance(pattern, Both) else [pattern]
 
 
 def _conjunction(first: Rule | None, second: Rule | None) -> Rule | None:

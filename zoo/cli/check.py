@@ -12,7 +12,9 @@ app = typer.Typer()
 
 @app.command()
 def check(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
-    """Measure whether a trained model keeps the laws of its field, as symmetries, and forces that are slopes.
+    """Measure whether a trained model keeps what its field asks for.
+
+    Of interatomic potentials, symmetries and forces that are slopes; of super-resolution, seams of tiles.
 
     Exit status 2 if one that must hold does not.
 
@@ -23,5 +25,7 @@ def check(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
       zoo check run=RUN input=test.extxyz index=::100 output=checks.csv
 
       zoo check domain=atoms checkpoint=model.safetensors nve_ps=0
+
+      zoo check run=RUN input=photo.jpg 'tile=[256,160]' output=seams.csv
     """
     run_part("check", overrides, show=cfg)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import typer
-from omegaconf import DictConfig
 
 from zoo.cli.console import console, show_config
 from zoo.cli.train import Overrides, ShowConfig
-from zoo.cli.trained import check_domain, without_domain
-from zoo.config import compose
-from zoo.errors import ConfigError
+from zoo.cli.trained import config_for_weights
 
 app = typer.Typer()
-
-WEIGHTS = ("run", "checkpoint", "model")
 
 
 @app.command()
@@ -39,7 +34,7 @@ def predict(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
 
       zoo predict run=RUN input=frames.extxyz output=labelled.extxyz plots=plots
     """
-    config = _config(overrides or [])
+    config = config_for_weights("predict", [_input_for_data(text) for text in overrides or []])
     if cfg:
         show_config(config)
         return
@@ -48,26 +43,6 @@ def predict(overrides: Overrides = None, cfg: ShowConfig = False) -> None:
     model, facts = load_trained(config, "predict")
     for path in domain_for(model).load("predict")(model, facts, config):
         console.print(str(path), highlight=False, soft_wrap=True)
-
-
-def _config(overrides: list[str]) -> DictConfig:
-    """The config with the options of the domain that the weights named belong to."""
-    overrides, wanted = without_domain(overrides)
-    overrides = [_input_for_data(text) for text in overrides]
-    named = [text for text in overrides if text.startswith(tuple(f"{name}=" for name in WEIGHTS))]
-    if not named:
-        try:
-            return compose("predict", overrides)
-        except ConfigError as error:
-            raise ConfigError(
-                f"{error} Options of a domain are known once run=RUN or checkpoint=FILE names weights."
-            ) from None
-    from zoo.training.run import domain_of
-
-    domain = domain_of(compose("predict", named), "predict")
-    check_domain(wanted, domain)
-    chosen = domain or wanted
-    return compose("predict", [f"predict={chosen}", *overrides] if chosen else overrides)
 
 
 def _input_for_data(text: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from domains.superres.models.catanet_patches import OVERLAP, LocalAttention
 from domains.superres.models.catanet_tokens import TokenAggregation
+from domains.superres.models.place import Place
 from domains.superres.weights.catanet import CATANetOfficial
 from zoo.errors import ConfigError
 from zoo.registry import register_model
@@ -31,9 +32,9 @@ class Block(nn.Module):
         self.local = local
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, place: Place | None = None) -> Tensor:
         """`(B, H, W, C) -> (B, H, W, C)`"""
-        return x + self.conv(self.local(self.tokens(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.conv(self.local(self.tokens(x), place).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Upsampler(nn.ModuleList):
@@ -76,6 +77,8 @@ class CATANet(nn.Module):
         ConfigError: sizes that do not fit together.
         UnknownName, AttentionError: an attention that does not exist, or cannot do what is asked of it.
     """
+
+    placed = True
 
     def __init__(
         self,
@@ -126,14 +129,18 @@ class CATANet(nn.Module):
         for block in self._blocks():
             block.tokens.merge.reset_parameters()  # a 1 x 1 convolution in the official program
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, H, W)` in [0, 1] -> `(B, C, s H, s W)`, not clamped."""
+    def forward(self, x: Tensor, place: Place | None = None) -> Tensor:
+        """`(B, C, H, W)` in [0, 1] -> `(B, C, s H, s W)`, not clamped.
+
+        Args:
+            place: of a tile in its picture, so that local patches lie where they do in the whole.
+        """
         height, width = (self.scale * side for side in x.shape[-2:])
         x = enlarged(x, self.min_size)
         base = F.interpolate(x, scale_factor=self.scale, mode="bilinear", align_corners=False)
         features = first = self._features(x)
         for block in self.blocks:
-            features = block(features)
+            features = block(features, place)
         features = (features + first).permute(0, 3, 1, 2)
         return (self.last_conv(self.upsampler(features)) + base)[..., :height, :width]
 

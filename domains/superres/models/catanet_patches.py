@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domains.superres.models.catanet_layers import ConvFFN, from_heads, head_width, to_heads
+from domains.superres.models.place import Place
 from zoo.attention import attend
 from zoo.attention.layers import create_map_attention
 from zoo.layers.linear import matrix
@@ -50,14 +51,19 @@ class Patches:
 
     Where patches overlap, each strip between two neighbours is halved, as the official program does. Where
     three overlap (possible before the last one, which is moved back), that gives 3/4 of their mean.
+
+    Args:
+        before: rows and columns by which the first patches begin before the map, which is mirrored there.
     """
 
-    def __init__(self, height: int, width: int, patch: int, device: torch.device) -> None:
-        self.shape, self.patch = (height, width), patch
-        self.rows, self.columns = axis(height, patch), axis(width, patch)
+    def __init__(
+        self, height: int, width: int, patch: int, device: torch.device, before: tuple[int, int] = (0, 0)
+    ) -> None:
+        self.shape, self.patch, self.before = (height + before[0], width + before[1]), patch, before
+        self.rows, self.columns = (axis(length, patch) for length in self.shape)
         row, column = (
-            torch.tensor(a.starts, device=device)[:, None] + torch.arange(patch, device=device)
-            for a in (self.rows, self.columns)
+            (torch.tensor(a.starts, device=device)[:, None] + torch.arange(patch, device=device) - n).abs()
+            for a, n in zip((self.rows, self.columns), before, strict=True)
         )
         self.index = (row[:, None, :, None] * width + column[None, :, None]).view(-1, patch * patch)
         """Token numbers `(P, p p)`."""
@@ -73,19 +79,20 @@ class Patches:
         patches = torch.cat(outs, 1).view(batch, *grid, -1)
         lines = overlap_add(patches.flatten(0, 1), self.shape[1])  # (B rows, p, W, D)
         lines = lines.view(batch, grid[0], 1, self.patch, -1)
-        return overlap_add(lines, self.shape[0]).view(batch, *self.shape, -1) * self.weights(x)
+        summed = overlap_add(lines, self.shape[0]).view(batch, *self.shape, -1)
+        return summed[:, self.before[0] :, self.before[1] :] * self.weights(x)
 
     def weights(self, like: Tensor) -> Tensor:
         """`(H, W, 1)`"""
         rows, columns = (like.new_tensor(a.weights) for a in (self.rows, self.columns))
-        return (rows[:, None] * columns)[..., None]
+        return (rows[self.before[0] :, None] * columns[self.before[1] :])[..., None]
 
     def coverage(self, x: Tensor) -> Tensor:
         """`x` `(B, H, W, C)` cut in patches and put back unchanged."""
         if all(c == 1 for a in (self.rows, self.columns) for c in a.coverage):
             return x
         rows, columns = (x.new_tensor(a.coverage) for a in (self.rows, self.columns))
-        return x * (rows[:, None] * columns)[..., None]
+        return x * (rows[self.before[0] :, None] * columns[self.before[1] :])[..., None]
 
 
 def overlap_add(patches: Tensor, length: int) -> Tensor:
@@ -137,9 +144,11 @@ class LocalAttention(nn.Module):
             self.layer = create_map_attention(attention, dim, (patch_size,) * 2, num_heads=num_heads)
         self.mlp = ConvFFN(dim, mlp_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, H, W, C) -> (B, H, W, C)`"""
-        patches = Patches(x.shape[1], x.shape[2], self.patch_size, x.device)
+    def forward(self, x: Tensor, place: Place | None = None) -> Tensor:
+        """`(B, H, W, C) -> (B, H, W, C)`; of a tile, with the patches of the picture."""
+        step = self.patch_size - OVERLAP
+        before = (place.top % step, place.left % step) if place else (0, 0)
+        patches = Patches(x.shape[1], x.shape[2], self.patch_size, x.device, before)
         if self.layer is not None:
             x = patches.coverage(x) + patches.apply(self.norm(x), self.layer)
             return x + self.mlp(x)

@@ -23,6 +23,7 @@ from domains.superres.models.dlgsanet_layers import (
     create_mlp,
     softmax_or,
 )
+from domains.superres.models.place import Place
 from domains.superres.weights.dlgsanet import DLGSANetOfficial
 from zoo.errors import ConfigError, DataError
 from zoo.registry import register_model
@@ -50,9 +51,12 @@ class Group(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, place: Place | None = None) -> Tensor:
         """`(B, H, W, C) -> (B, H, W, C)`"""
-        return x + convolved(self.conv, self.layers(x))
+        deep = x
+        for layer in self.layers:
+            deep = layer(deep, place)
+        return x + convolved(self.conv, deep)
 
 
 class Upsampler(nn.Module):
@@ -127,6 +131,7 @@ class DLGSANet(nn.Module):
     """
 
     min_size = 1
+    placed = True
     mean: Tensor
 
     def __init__(
@@ -177,14 +182,21 @@ class DLGSANet(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
         self.upsampler = Upsampler(upsampler, dim, in_chans, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, H, W)` in [0, 1] -> `(B, C, s H, s W)`, not clamped."""
+    def forward(self, x: Tensor, place: Place | None = None) -> Tensor:
+        """`(B, C, H, W)` in [0, 1] -> `(B, C, s H, s W)`, not clamped.
+
+        Args:
+            place: of a tile in its picture, so that windows lie where they do in the whole.
+        """
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise DataError(f"Pictures are (B, {self.in_chans}, H, W) here, not {tuple(x.shape)}.")
         mean = self.mean.to(x.dtype)
         normalised = ((x - mean) * self.img_range).contiguous(memory_format=torch.channels_last)
         first = self.embed(normalised).permute(0, 2, 3, 1)
-        deep = convolved(self.conv, self.norm_out(self.groups(self.norm_in(first))))
+        deep = self.norm_in(first)
+        for group in self.groups:
+            deep = group(deep, place)
+        deep = convolved(self.conv, self.norm_out(deep))
         return self.upsampler((deep + first).permute(0, 3, 1, 2)) / self.img_range + mean
 
 

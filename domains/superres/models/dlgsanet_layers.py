@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domains.superres.models.place import Place
 from zoo.attention import attend
 from zoo.attention.kernels import Kernel, softmax, wide
 from zoo.errors import ConfigError
@@ -149,19 +150,37 @@ class Axis(NamedTuple):
     """An axis of the map, cut into cells by the borders of its windows."""
 
     cells: list[slice]
+    seen: Tensor
+    """`(windows, cells)`, 1 where the window takes its weights from the cell, else 0."""
     inside: Tensor
-    """`(windows, cells)`, 1 where the window covers the cell, else 0."""
+    """`(windows, cells)`, 1 where these weights hold for the cell: where it is seen, in a whole picture."""
 
 
-def tlc_axis(size: int, kernel: int, like: Tensor) -> Axis:
-    """The cells of the windows of `min(kernel, size)` pixels."""
-    kernel = min(kernel, size)
-    starts = tlc_windows(size, kernel)
-    borders = sorted({*starts, *[start + kernel for start in starts]})
-    first, stop = torch.tensor(borders[:-1]), torch.tensor(borders[1:])
-    start = torch.tensor(starts)[:, None]
-    inside = (start <= first) & (stop <= start + kernel)
-    return Axis([slice(*pair) for pair in pairwise(borders)], inside.to(like))
+def tlc_axis(size: int, kernel: int, like: Tensor, origin: int = 0, whole: int | None = None) -> Axis:
+    """The cells of the windows of `min(kernel, size)` pixels.
+
+    Of a part of `size` pixels of a longer axis, those of the windows that reach into it; one that leaves it
+    holds for what lies inside, and takes its weights from as many pixels of the part as there are.
+
+    Args:
+        origin: first pixel of the part.
+        whole: length of the axis; None: `size`.
+    """
+    whole = whole or size
+    kernel = min(kernel, whole)
+    starts = [start - origin for start in tlc_windows(whole, kernel)]
+    starts = [start for start in starts if -kernel < start < size]
+    inside = [(max(start, 0), min(start + kernel, size)) for start in starts]
+    moved = [max(min(start, size - kernel), 0) for start in starts]
+    seen = [(start, min(start + kernel, size)) for start in moved]
+    borders = sorted({border for pair in (*inside, *seen) for border in pair})
+    cells = [slice(*pair) for pair in pairwise(borders)]
+    return Axis(cells, _covered(cells, seen, like), _covered(cells, inside, like))
+
+
+def _covered(cells: list[slice], windows: list[tuple[int, int]], like: Tensor) -> Tensor:
+    """`(windows, cells)`, 1 where a cell lies in a window."""
+    return like.new_tensor([[start <= c.start and c.stop <= stop for c in cells] for start, stop in windows])
 
 
 class ChannelAttention(nn.Module):
@@ -193,26 +212,28 @@ class ChannelAttention(nn.Module):
         self.qkv_conv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """`(B, H, W, C) -> (B, H, W, C)` of `norm(x)`."""
+    def forward(self, x: Tensor, norm: nn.Module, place: Place | None = None) -> Tensor:
+        """`(B, H, W, C) -> (B, H, W, C)` of `norm(x)`; of a tile, with the windows of the picture."""
         qkv = in_tiles(lambda part: convolved(self.qkv_conv, self.qkv(norm(part))), x, 1)
         kernel = None if self.training else self.tlc_kernel
-        rows, columns = (tlc_axis(size, kernel or size, wide(qkv[:0])) for size in x.shape[1:3])
+        place = place or Place(0, 0, *x.shape[1:3])
+        spans = zip(x.shape[1:3], place[:2], place[2:], strict=True)
+        rows, columns = (tlc_axis(n, kernel or n, wide(qkv[:0]), *span) for n, *span in spans)
         with torch.autocast(x.device.type, enabled=False):
             products = _products(qkv, rows.cells, columns.cells)
-            matrices = self._matrices(products, rows.inside, columns.inside)
+            matrices = self._matrices(products, rows, columns)
         return _applied(matrices.to(qkv.dtype), qkv, rows.cells, columns.cells)
 
-    def _matrices(self, products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def _matrices(self, products: Tensor, rows: Axis, columns: Axis) -> Tensor:
         """Attention and last projection of each cell: `(R, S, B, C, C + 2) -> (R, S, B, C in, C out)`.
 
         Args:
             products: of queries and keys, as from `_products`.
-            rows, columns: which windows cover which cells.
+            rows, columns: which windows see which cells, and hold for which.
         """
-        products = _over(products, rows, columns)
+        products = _over(products, rows.seen, columns.seen)
         weights = self._weights(products.flatten(0, 2)).unflatten(0, products.shape[:3])
-        weights = _over(weights, (rows / rows.sum(0)).T, (columns / columns.sum(0)).T)
+        weights = _over(weights, *((axis.inside / axis.inside.sum(0)).T for axis in (rows, columns)))
         proj = matrix(self.proj).to(weights.dtype).unflatten(1, (self.num_heads, -1))
         return torch.einsum("ohi,rsbhij->rsbhjo", proj, weights).flatten(3, 4)
 
@@ -328,10 +349,10 @@ class Layer(nn.Module):
     def is_local(self) -> bool:
         return isinstance(self.mixer, LocalAttention)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, place: Place | None = None) -> Tensor:
         """`(B, H, W, C) -> (B, H, W, C)`"""
         if isinstance(self.mixer, ChannelAttention):
-            x = x + self.mixer(x, self.norm1)
+            x = x + self.mixer(x, self.norm1, place)
         else:
             x = x + self.mixer(self.norm1(x))
         return in_tiles(lambda part: part + self.mlp(self.norm2(part)), x, self.mlp.halo)

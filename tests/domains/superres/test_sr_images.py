@@ -93,6 +93,13 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     assert read_picture(tmp_path / "a.jpg").pixels.shape == (20, 24, 3)
 
 
+def test_cmyk_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
+    """Its four channels are not RGB and alpha."""
+    tifffile.imwrite(tmp_path / "a.tif", _noise(np.uint16, 4), photometric="separated")
+    with pytest.raises(DataError, match=r"a\.tif holds 16-bit SEPARATED, not grey or RGB"):
+        read_picture(tmp_path / "a.tif")
+
+
 def test_planar_tiff_of_sixteen_bits(tmp_path: Path) -> None:
     pixels = _noise(np.uint16, 3)
     tifffile.imwrite(

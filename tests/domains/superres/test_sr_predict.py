@@ -55,6 +55,20 @@ def test_every_kind_of_picture_stays_what_it_is(channels: int, dtype: type) -> N
     assert (result.icc, result.exif) == (b"profile", b"exif")
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (30, 2)])
+def test_a_line_of_pixels_is_mirrored_to_what_models_know(size: tuple[int, int]) -> None:
+    """Convolutions pad with zeros: a mean over 3 x 3 pixels is dark along a line, if that is all there is."""
+
+    class Mean(Repeat):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.nn.functional.avg_pool2d(x, 3, 1, 1))
+
+    result = enlarge(Mean(), Picture(np.full((*size, 3), 180, np.uint8)), tile=None).pixels
+    assert result.shape == (2 * size[0], 2 * size[1], 3)
+    middle = result if max(size) < 16 else result[2:-2] if size[0] > 16 else result[:, 2:-2]
+    assert (middle == 180).all()
+
+
 def test_an_alpha_that_is_the_same_everywhere_needs_no_model() -> None:
     class Counted(Repeat):
         runs = 0
@@ -121,7 +135,7 @@ def test_tiles_and_self_ensemble_are_taken_from_the_command(weights: Path, tmp_p
     common = (f"checkpoint={weights}", f"input={file}")
     for name, options in {
         "whole": ["tile=null"],
-        "tiles": ["tile=32"],
+        "tiles": ["tile=32", "overlap=8"],
         "eight": ["self_ensemble=true"],
     }.items():
         predict(*common, f"output={tmp_path / name}.png", *options)

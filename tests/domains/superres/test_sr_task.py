@@ -135,14 +135,14 @@ def test_training_is_seeded_and_resumes_to_the_same_weights(
 
 
 def test_evaluate_with_another_border_and_in_tiles(trained: tuple[Path, str], tmp_path: Path) -> None:
-    write_many(tmp_path / "pictures", 2, (90, 70))
+    write_many(tmp_path / "pictures", 2, (150, 140))
     printed = zoo(
         "evaluate",
         f"run={trained[0]}",
         "data=folder",
         f"data.path={tmp_path / 'pictures'}",
         "data.border=4",
-        "data.tile=32",
+        "data.tile=64",
         f"output={tmp_path}",
         "trainer.accelerator=cpu",
     )

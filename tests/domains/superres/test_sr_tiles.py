@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from sr_small import Local, Repeat, smooth, tiny
-from torch import Tensor, nn
+from torch import Tensor
 
 import zoo
 from domains.superres import tiles
-from domains.superres.tiles import automatic_tile, free_memory, upscale, upscaled
+from domains.superres.tiles import automatic_pixels, free_memory, tile_shape, upscale, upscaled
 from zoo.errors import ConfigError, ZooError
 
 
@@ -42,21 +42,6 @@ def test_weights_sum_to_one_and_no_three_tiles_meet(length: int) -> None:
         assert first + len(weight) <= after
 
 
-def test_seams_of_a_model_that_sees_everything_are_below_one_grey_level() -> None:
-    """CATANet's groups are made of the whole input, yet its residual is small on a smooth picture."""
-    model = zoo.create_model("catanet_mini")
-    train_centres(model)
-    image = _image(90, 72)
-    whole = upscaled(model.eval(), image, tile=None)
-    difference = 255 * (upscaled(model, image, tile=48) - whole)
-    assert float(difference.abs().max()) < 1
-
-
-def train_centres(model: nn.Module) -> None:
-    """One step of training, which sets the token centres."""
-    model.train()(_image(48, 48)[None].float() / 255)
-
-
 def test_what_differs_fades_over_a_ramp() -> None:
     """A model that adds a number of its own to every tile: neighbouring rows differ by a step of the ramp."""
 
@@ -84,7 +69,7 @@ def test_rows_are_handed_out_once_in_order() -> None:
 
 def test_no_tile_is_larger_than_asked_for() -> None:
     model = Local()
-    upscaled(model, _image(100, 70), tile=32)
+    upscaled(model, _image(100, 70), tile=32, overlap=8)
     assert {size[2:] for size in model.sizes} == {(32, 32)}
 
 
@@ -123,12 +108,12 @@ def test_tiles_are_halved_until_memory_suffices(capsys: pytest.CaptureFixture[st
     found = upscaled(model, image, tile=80, overlap=8)
     torch.testing.assert_close(found, upscaled(model, image, tile=20, overlap=8), atol=1e-5, rtol=0)
     printed = capsys.readouterr().out
-    assert "tiles of 80 pixels; going on with 40" in printed
-    assert "tiles of 40 pixels; going on with 20" in printed
+    assert "tiles of 70x80 pixels; going on with 35x40 pixels" in printed
+    assert "tiles of 35x40 pixels; going on with 17x20 pixels" in printed
 
 
 def test_memory_that_never_suffices_is_an_error() -> None:
-    with pytest.raises(ZooError, match="Out of memory even for tiles of 32 pixels"):
+    with pytest.raises(ZooError, match="Out of memory even for tiles of 32x32 pixels"):
         upscaled(Hungry(), _image(80, 70), tile=64, overlap=16)
 
 
@@ -141,9 +126,9 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         upscaled(Broken(), _image(80, 70), tile=64)
 
 
-@pytest.mark.parametrize("tile", [31, 0, "big", 2.5])
+@pytest.mark.parametrize("tile", [63, 0, "big", 2.5])
 def test_tiles_too_small_for_the_overlap_are_refused(tile: object) -> None:
-    with pytest.raises(ConfigError, match=f"tile={tile}: write auto, null .* at least 32 pixels"):
+    with pytest.raises(ConfigError, match=f"tile={tile}: write auto, null .* at least 64 pixels"):
         upscaled(Local(), _image(80, 70), tile=tile)
 
 
@@ -159,13 +144,33 @@ def test_pictures_smaller_than_a_window(name: str, size: tuple[int, int]) -> Non
 def test_the_automatic_tile_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert free_memory(cpu) > 0
-    found = []
-    for free in (0, 2**29, 2**31, 2**40):
-        monkeypatch.setattr(tiles, "free_memory", lambda _, free=free: free)
-        found.append(automatic_tile(cpu))
-    assert found == sorted(found)
-    assert found[0] == tiles.SMALLEST
-    assert found[-1] == tiles.LARGEST
+    for scale in (2, 3, 4):
+        found = []
+        for free in (0, 2**29, 2**31, 2**40):
+            monkeypatch.setattr(tiles, "free_memory", lambda _, free=free: free)
+            found.append(automatic_pixels(scale, cpu))
+        assert found == sorted(found)
+        assert found[0] == tiles.SMALLEST**2
+        assert tiles.BYTES_PER_PIXEL[scale] * found[-1] <= tiles.TILE_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("pixels", "size", "shape"),
+    [
+        (1000 * 400, (400, 1000), (400, 1000)),
+        (1000 * 300, (400, 1000), (300, 1000)),
+        (1000 * 300, (2000, 3000), (256, 1171)),
+        (1000 * 300, (3000, 500), (600, 500)),
+        (1000 * 300, (100, 9000), (100, 3000)),
+        (100 * 100, (400, 500), (100, 100)),
+        (1, (400, 500), (16, 16)),
+    ],
+)
+def test_automatic_tiles_are_wide_but_not_too_low(
+    pixels: int, size: tuple[int, int], shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "automatic_pixels", lambda *_: pixels)
+    assert tile_shape(Local(), torch.zeros(1, *size), "auto", 8) == shape
 
 
 def test_tiny_models_are_what_the_other_tests_take_them_for() -> None:

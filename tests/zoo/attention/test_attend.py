@@ -101,6 +101,18 @@ CASES = {
     ),
 }
 
+# How padding may stand beside what is causal.
+UNMASKED: dict[str, Callable[[Padding], Pattern]] = {
+    "causal_first": lambda padding: Causal() & padding,
+    "padding_first": lambda padding: padding & Causal(),
+    "twice": lambda padding: padding & Causal() & Padding(torch.tensor([REAL[0]])),
+    "equal_groups": lambda padding: EqualGroups(4) & (Causal() & padding),
+    "groups": lambda padding: CASES["causal_groups"].pattern & padding,
+    "groups_by_entry": lambda padding: padding & CASES["causal_groups_by_entry"].pattern,
+    "shifted_groups": lambda padding: padding & ShiftedGroups(TOKENS, 4, 3) & Causal(),
+    "ordered_groups": lambda padding: OrderedGroups(torch.tensor(ORDER), 5) & padding & Causal(),
+}
+
 
 def tensors(dtype: torch.dtype = torch.float32, *, kv_heads: int = KV_HEADS) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of the cases, as leaves."""
@@ -205,6 +217,41 @@ def test_lse_and_its_gradient_equal_reference(case: str, name: str) -> None:
 
     for ours, theirs in zip(run(name), run("reference"), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("keys", [REAL, [REAL[0]], [[True] * TOKENS]], ids=["entries", "shared", "full"])
+@pytest.mark.parametrize("case", UNMASKED)
+def test_causal_padding_without_a_mask_equals_reference(
+    case: str, keys: list[list[bool]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output, log-sum-exp and gradients as long rows get them; rows that see nothing included."""
+    monkeypatch.setattr(backends_module, "LONG", 1)
+    pattern = UNMASKED[case](Padding(torch.tensor(keys)))
+    if dtype != torch.float16:  # it has no number low enough
+        monkeypatch.setattr(type(pattern), "tile_mask", None)
+    inputs, cotangent = tensors(dtype), torch.randn(BATCH, HEADS, TOKENS, VALUE_WIDTH).double()
+
+    def run(inputs: tuple[Tensor, ...], name: str) -> list[Tensor]:
+        with backend(name):
+            out, lse = attend(*inputs[:3], pattern=pattern, return_lse=True)
+            alone = attend(*inputs[:3], pattern=pattern)
+        loss = (out.double() * cotangent).sum() + lse.masked_fill(lse == -torch.inf, 0.0).sum()
+        return [out, lse, alone, *torch.autograd.grad(loss + (alone.double() * cotangent).sum(), inputs)]
+
+    for ours, theirs in zip(run(inputs, "sdpa"), run(tuple(map(wide, inputs)), "reference"), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=3 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_causal_padding_without_a_mask_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(backends_module, "LONG", 1)
+    q, k, v = tensors()
+    pattern = CASES["causal_padding"].pattern
+    compiled = torch.compile(
+        lambda q, k, v: attend(q, k, v, pattern=pattern), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(q, k, v), attend(q, k, v, pattern=pattern))
 
 
 @pytest.mark.parametrize("case", CASES)

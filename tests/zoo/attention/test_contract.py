@@ -17,6 +17,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "affine_scaled": {},
     "agent": {"agents": 4},
     "based": {"feature_dim": 4},
+    "bias_kv": {},
     "bilevel": {"regions": 3, "topk": 2},
     "cascaded": {"key_dim": 8},
     "cca": {"num_kv_heads": 2, "head_dim": 8},

@@ -28,6 +28,17 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BY_ROWS = ["landmark", "moh_aggregated", "moh_cosine", "stick_breaking"]
 
+PADDED: dict[str, dict[str, Any]] = {
+    "cascaded": {"num_heads": 2},
+    "cca": {"num_heads": 2, "head_dim": 8},
+    "mla": {"num_heads": 2, "kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8},
+    "multihead": {"num_heads": 2},
+    "s2": {"num_heads": 2, "num_groups": 2},
+    "sinks": {"num_heads": 2},
+    "ssa": {"num_heads": 2, "share": 0.5},
+}
+"""Fused softmax, which would take a mask of N x N."""
+
 
 def made(case: str) -> AttentionLayer:
     torch.manual_seed(0)
@@ -46,6 +57,18 @@ def test_twice_the_tokens_take_twice_the_memory(case: str, monkeypatch: pytest.M
 
     peak(64)
     assert peak(1024) < 2.4 * peak(512)
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_twice_the_padded_causal_tokens_take_twice_the_memory(name: str) -> None:
+    layer = create_attention(name, 16, causal=True, **PADDED[name])
+
+    def peak(length: int) -> int:
+        x = torch.randn(1, length, 16, requires_grad=True)
+        mask = torch.arange(length)[None] < length - 9
+        return peak_memory(lambda: layer(x, mask=mask).sum().backward(), x.device)
+
+    assert peak(2048) < 2.4 * peak(1024)
 
 
 def results(layer: AttentionLayer, mask: Tensor | None) -> list[Tensor]:

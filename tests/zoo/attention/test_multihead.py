@@ -15,6 +15,7 @@ from zoo.attention.layers.forgetting import ForgettingAttention, StickBreaking, 
 from zoo.attention.layers.multihead import (
     AffineScaled,
     GatedAttention,
+    LearnedPair,
     MultiHead,
     Qwen3NextAttention,
     SinkAttention,
@@ -29,6 +30,7 @@ LAYER_CASES: dict[str, tuple[type[MultiHead], dict]] = {
     "mqa_partial_rotary": (MultiHead, {"num_kv_heads": 1, "rope_theta": 1e4, "rotary_dim": 4, "head_dim": 8}),
     "window": (MultiHead, {"num_kv_heads": HK, "window": 3, "qkv_bias": True, "out_bias": True}),
     "sinks": (SinkAttention, {"num_kv_heads": HK, "window": 4, "rope_theta": 1e4}),
+    "learned_pair": (LearnedPair, {"num_kv_heads": HK, "window": 4}),
     "headwise": (GatedAttention, {"num_kv_heads": HK, "gate": "headwise", "rope_theta": 1e4}),
     "elementwise": (GatedAttention, {"num_kv_heads": HK, "gate": "elementwise"}),
     "qwen3_next": (Qwen3NextAttention, {"num_kv_heads": HK, "rope_theta": 1e4, "rotary_dim": 2}),
@@ -200,18 +202,37 @@ def test_layers_are_listed() -> None:
     assert isinstance(create_attention("multihead", DIM, num_heads=H), MultiHead)
 
 
-def test_equals_torch_multihead_attention() -> None:
+def by_torch(kind: type[MultiHead], *, causal: bool = False) -> tuple[MultiHead, nn.MultiheadAttention]:
+    """A layer, and torch's with the same weights."""
     torch.manual_seed(0)
-    theirs = nn.MultiheadAttention(DIM, H, batch_first=True)
-    ours = MultiHead(DIM, H, qkv_bias=True, out_bias=True)
+    theirs = nn.MultiheadAttention(DIM, H, batch_first=True, add_bias_kv=kind is LearnedPair)
+    ours = kind(DIM, H, causal=causal, qkv_bias=True, out_bias=True)
+    weights = {name: rows for name, rows in theirs.state_dict().items() if name.startswith("bias")}
     for part, weight, bias in zip(
         "qkv", theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3), strict=True
     ):
-        ours.get_submodule(f"{part}_proj").load_state_dict({"weight": weight, "bias": bias})
-    ours.o_proj.load_state_dict(theirs.out_proj.state_dict())
+        weights |= {f"{part}_proj.weight": weight, f"{part}_proj.bias": bias}
+    for name, rows in theirs.out_proj.state_dict().items():
+        weights[f"o_proj.{name}"] = rows
+    ours.load_state_dict(weights)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("kind", [MultiHead, LearnedPair])
+def test_equals_torch_multihead_attention(kind: type[MultiHead]) -> None:
+    ours, theirs = by_torch(kind)
     x, context = tokens(), torch.randn(B, 5, DIM)
     torch.testing.assert_close(ours(x), theirs(x, x, x)[0])
     torch.testing.assert_close(ours(x, context), theirs(x, context, context)[0])
+
+
+def test_learned_pair_is_seen_by_all_queries_as_in_torch() -> None:
+    ours, theirs = by_torch(LearnedPair, causal=True)
+    x, mask, later = tokens(), torch.ones(B, N, dtype=torch.bool), torch.ones(N, N).triu(1).bool()
+    mask[0, :3] = False  # the first queries see the pair alone
+    expected = theirs(x, x, x, attn_mask=later, key_padding_mask=~mask)[0]
+    torch.testing.assert_close(ours(x, mask=mask), expected)
+    torch.testing.assert_close(expected[0, 0], theirs.out_proj(ours.get_parameter("bias_v")[0, 0]))
 
 
 def test_grouped_heads_equal_repeated_heads() -> None:
@@ -377,6 +398,7 @@ BAD: dict[str, tuple[str, Callable[[], object]]] = {
     "rotary": ("rotary_dim is even", lambda: MultiHead(DIM, H, rope_theta=1e4, rotary_dim=3)),
     "rotary_wide": ("at most the head width 6", lambda: MultiHead(DIM, H, rope_theta=1e4, rotary_dim=8)),
     "window": ("a window looks back", lambda: MultiHead(DIM, H, window=3)),
+    "learned_pair": ("no place to be turned by", lambda: LearnedPair(DIM, H, rope_theta=1e4)),
     "gate": ("a gate is 'headwise' or 'elementwise'", lambda: GatedAttention(DIM, H, gate="tokenwise")),
     "activation": ("'linear_clipping' or 'sigmoid'", lambda: AffineScaled(DIM, H, activation="relu")),
     "not_causal": ("looks back only", lambda: StickBreaking(DIM, H, causal=False)),

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from zoo.attention.attend import attend
 from zoo.attention.cache import Cache, KVCache, default_positions
 from zoo.attention.errors import AttentionError
+from zoo.attention.kernels import wide
 from zoo.attention.layers.base import AttentionLayer, Inputs, Supports, head_width, masked
-from zoo.attention.merge import sink
+from zoo.attention.merge import merge, sink
 from zoo.attention.patterns import Causal, Dense, Pattern, Window
 from zoo.attention.rotary import rotary, rotary_tables
 from zoo.attention.yarn import Yarn
@@ -249,6 +250,34 @@ class SinkAttention(MultiHead, name="sinks"):
         pattern, dropout = self.pattern(k.shape[2], mask), self.dropout if self.training else 0.0
         out, lse = attend(q, k, v, pattern=pattern, dropout=dropout, return_lse=True)
         return sink(out, lse, self.sinks[:, None])
+
+
+class LearnedPair(MultiHead, name="bias_kv"):
+    """`softmax` over the keys and a learned key of each query head, which has a learned value.
+
+    `add_bias_kv` of CAB (Zhang et al. 2023) and of `nn.MultiheadAttention`, by their parameter names. Every
+    query sees the pair, also where it sees nothing else. Dropout leaves the weight of the pair as it is.
+    Captured maps show the softmax without it.
+    """
+
+    paper = "https://arxiv.org/abs/2210.07661"
+
+    def __init__(self, dim: int, num_heads: int, **options: Any) -> None:
+        """Options are those of `MultiHead`, without rotary positions: the pair has no place."""
+        super().__init__(dim, num_heads, **options)
+        if self.rope_theta is not None:
+            raise AttentionError("a learned key has no place to be turned by: rope_theta=None")
+        shape = 1, 1, num_heads * self.head_dim
+        self.bias_k, self.bias_v = (
+            nn.Parameter(nn.init.xavier_normal_(torch.empty(shape))) for _ in range(2)
+        )
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        pattern, dropout = self.pattern(k.shape[2], mask), self.dropout if self.training else 0.0
+        seen = attend(q, k, v, pattern=pattern, dropout=dropout, return_lse=True)
+        key, value = (split_heads(pair, self.num_heads) for pair in (self.bias_k, self.bias_v))
+        score = (wide(q) * key).sum(-1) * self.head_dim**-0.5
+        return merge(seen, (value.expand_as(seen[0]), score))[0]
 
 
 class GatedAttention(MultiHead, name="gated"):
