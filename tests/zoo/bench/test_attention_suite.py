@@ -22,7 +22,7 @@ from zoo.bench import mechanisms
 from zoo.bench.mechanisms import PARTS, QUICK, QUICK_TASKS
 from zoo.bench.mechanisms.contestants import ARGUMENTS, VARIANTS, Contestant, contestants, lacking
 from zoo.bench.mechanisms.cost import Limits, build, grown, patterns
-from zoo.bench.mechanisms.domains import swapped
+from zoo.bench.mechanisms.domains import overrides, swapped
 from zoo.bench.mechanisms.record import Cost, LeftOut, Record, Swapped, Trained, opened
 from zoo.bench.mechanisms.report import Found
 from zoo.bench.report import Curve, Point
@@ -39,7 +39,7 @@ def trained(name: str, task: str = "mqar", accuracies: tuple[float, ...] = (0.5,
     each = tuple(tests for _ in accuracies)
     seconds = tuple(1.0 for _ in accuracies)
     seeds = tuple(range(len(accuracies)))
-    return Trained(name, task, True, {}, {"length": 8}, {}, 0.25, 10, seeds, accuracies, each, seconds)
+    return Trained(name, seeds, task, True, {}, {"length": 8}, {}, 0.25, 10, accuracies, each, seconds)
 
 
 def cost(name: str, pattern: str, sizes: tuple[int, ...] = (256, 1024), power: int = 1) -> Cost:
@@ -115,6 +115,29 @@ def test_seeds_of_another_size_are_not_mixed_in() -> None:
     assert record.trained["a", "mqar"].accuracies == (0.1,)
 
 
+def test_a_model_of_a_domain_is_trained_by_the_seeds_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training with other overrides takes their place."""
+    path = tmp_path / "found.json"
+
+    def counted(name: str, attention: Any, domain: str, *, quick: bool, seed: int) -> Swapped:
+        seeds.append(seed)
+        return Swapped(name, (seed,), domain, "m", overrides(attention, domain, quick=quick), (float(seed),))
+
+    monkeypatch.setattr(mechanisms, "swapped", counted)
+    record, seeds = Record(quick=True), list[int]()
+    record.add(Swapped("linear", (0, 1), "traffic", "m", ("other",), (5.0, 5.0)))
+    record.write(path)
+    for count in (1, 3):
+        chosen = ["only=linear", "tasks=[traffic]", f"seeds={count}", f"output={path}"]
+        result = CliRunner().invoke(app, [*RUN, *chosen])
+        assert result.exit_code == 0, result.output
+    assert seeds == [0, 1, 2]
+    assert opened(path, quick=True).swapped["linear", "traffic"].values == (0.0, 1.0, 2.0)
+    assert "1.000±1.000" in result.output
+
+
 def test_what_a_layer_cannot_do_is_told_in_the_table(tmp_path: Path) -> None:
     chosen = ["only=deltanet_negative", "tasks=[traffic]", f"output={tmp_path / 'found.json'}"]
     result = CliRunner().invoke(app, [*RUN, *chosen])
@@ -126,7 +149,7 @@ def test_what_a_layer_cannot_do_is_told_in_the_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("domain", ["vision", "detection"])
 def test_a_model_of_a_domain_is_trained_with_another_attention(domain: str) -> None:
     found = swapped("local", Contestant("local").both_ways(), domain, quick=True, seed=0)
-    assert 0 <= found.value <= 100
+    assert 0 <= found.values[0] <= 100
     assert "model.attention.window=9" in found.overrides
 
 
@@ -167,7 +190,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     entries = (
         trained("a", "needle", (0.5, 0.7), **{"64 at 0.00": 0.25}),
         dataclasses.replace(cost("a", "NS"), ends="too long"),
-        Swapped("a", "traffic", "MAE", 3.5, ("data.weeks=1",)),
+        Swapped("a", (0, 3), "traffic", "MAE", ("data.weeks=1",), (3.5, 3.25)),
         LeftOut("b", "mqar", "cannot"),
     )
     for entry in entries:
@@ -178,8 +201,8 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_what_has_been_compared_is_no_longer_left_out() -> None:
     record = Record(quick=False)
-    record.add(LeftOut("a", "NS", "cannot"))
-    record.add(LeftOut("a", "mqar", "cannot"))
+    for part in ("NS", "cost", "mqar"):
+        record.add(LeftOut("a", part, "cannot"))
     record.add(cost("a", "NS"))
     assert list(record.left_out) == [("a", "mqar")]
 
@@ -293,7 +316,7 @@ def full_record() -> Record:
             sizes = (1024, 4096) if name == "multihead" else (4096, 16_384)
             record.add(cost(name, pattern, sizes, 2))
         for domain in ("traffic", "forecasting", "vision", "superres"):
-            record.add(Swapped(name, domain, "measured, %", 12.3456, ()))
+            record.add(Swapped(name, (0, 1), domain, "measured, %", (), (12.3456, 12.5)))
     record.add(LeftOut("moh_aggregated", "traffic", "a long reason, told in full " * 8))
     return record
 
@@ -304,7 +327,7 @@ def test_tables_are_whole_at_100_columns() -> None:
     text = console.export_text()
     assert "…" not in text
     costs = ("268.44 s N^2.0", "(4k) 16.78 s N^2.0")
-    for word in (*costs, "95.0±5.0", "100", "50/50/50", "12.346", "guessing", "in full"):
+    for word in (*costs, "95.0±5.0", "100", "50/50/50", "12.423±0.077", "guessing", "in full"):
         assert word in text
 
 

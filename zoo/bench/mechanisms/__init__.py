@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -19,7 +20,17 @@ from zoo.bench.machine import machine
 from zoo.bench.mechanisms.contestants import Contestant, contestants, lacking, several
 from zoo.bench.mechanisms.cost import Limits, grown, patterns
 from zoo.bench.mechanisms.domains import DOMAIN_TASKS, overrides, swapped
-from zoo.bench.mechanisms.record import Cost, Entry, LeftOut, Record, Swapped, Trained, as_stored, opened
+from zoo.bench.mechanisms.record import (
+    BySeed,
+    Cost,
+    Entry,
+    LeftOut,
+    Record,
+    Swapped,
+    Trained,
+    as_stored,
+    opened,
+)
 from zoo.bench.mechanisms.report import Found
 from zoo.bench.synthetic import MQAR, TASKS, Induction, ListOps, Needle, Parity, SelectiveCopy, Task
 from zoo.bench.synthetic.train import Budget, learned
@@ -122,11 +133,7 @@ def _trained(
         "budget": as_stored(budget),
         "chance": task.chance,
     }
-    earlier = known.trained.get((contestant.name, name))
-    done = earlier.seeds if earlier is not None and earlier.has(settings) else ()
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        if seed in done:
-            continue
+    for seed in _seeds(cfg, known.trained.get((contestant.name, name)), settings):
         found = learned(contestant.short(), task, budget, seed=seed, device=device)
         yield Trained(
             **settings,
@@ -156,6 +163,12 @@ def _swapped(contestant: Contestant, domain: str, cfg: DictConfig, known: Record
     if contestant.name != contestant.layer:
         raise AttentionError(f"stands for {contestant.layer} on the synthetic tasks only")
     attention = contestant.both_ways()
-    earlier = known.swapped.get((contestant.name, domain))
-    if earlier is None or earlier.overrides != overrides(attention, domain, quick=cfg.quick, seed=cfg.seed):
-        yield swapped(contestant.name, attention, domain, quick=cfg.quick, seed=cfg.seed)
+    settings = {"overrides": overrides(attention, domain, quick=cfg.quick)}
+    for seed in _seeds(cfg, known.swapped.get((contestant.name, domain)), settings):
+        yield swapped(contestant.name, attention, domain, quick=cfg.quick, seed=seed)
+
+
+def _seeds(cfg: DictConfig, earlier: BySeed | None, settings: Mapping[str, Any]) -> list[int]:
+    """Those asked for that an earlier training with these settings does not have."""
+    done = earlier.seeds if earlier is not None and earlier.has(settings) else ()
+    return [seed for seed in range(cfg.seed, cfg.seed + cfg.seeds) if seed not in done]

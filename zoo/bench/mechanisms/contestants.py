@@ -65,6 +65,7 @@ ARGUMENTS: dict[str, Arguments] = {
     "nystrom": Arguments({"landmarks": 8}, {"landmarks": 64}),
     "pgqa": Arguments(_GROUPS, _GROUPS),
     "power": Arguments({"block_size": 4}, {"block_size": 64}),
+    "rcmha": Arguments({}, {"max_length": 16_384}),
     "recycled": Arguments({"num_kept": 8, "stride": 4}, {"num_kept": 256}),
     "routing": Arguments({"num_clusters": 4, "window_size": 16}, {"num_clusters": 16, "window_size": 128}),
     "s2": Arguments({"num_heads": 2}),

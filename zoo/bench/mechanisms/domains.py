@@ -95,11 +95,11 @@ predict, stays: no other layer can stand for it."""
 _ALWAYS = ("plots=false", "logger.tensorboard=false", "trainer.enable_progress_bar=false")
 
 
-def overrides(attention: Mapping[str, Any], domain: str, *, quick: bool, seed: int) -> tuple[str, ...]:
-    """Of `zoo train`: what tells one run of a comparison from another."""
+def overrides(attention: Mapping[str, Any], domain: str, *, quick: bool) -> tuple[str, ...]:
+    """Of `zoo train`: with the seed, what tells one run of a comparison from another."""
     task = DOMAIN_TASKS[domain]
     given = (f"model.attention.{key}={value}" for key, value in attention.items())
-    return (*given, *(task.quick if quick else task.overrides), f"seed={seed}")
+    return (*given, *(task.quick if quick else task.overrides))
 
 
 def swapped(name: str, attention: Mapping[str, Any], domain: str, *, quick: bool, seed: int) -> Swapped:
@@ -111,9 +111,9 @@ def swapped(name: str, attention: Mapping[str, Any], domain: str, *, quick: bool
     from zoo.config import compose
     from zoo.training.run import train
 
-    task, chosen = DOMAIN_TASKS[domain], overrides(attention, domain, quick=quick, seed=seed)
+    task, chosen = DOMAIN_TASKS[domain], overrides(attention, domain, quick=quick)
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        run_dir = f"run_dir={Path(folder) / 'run'}"
-        run = train(compose("train", [f"domain={domain}", *chosen, *_ALWAYS, run_dir]))
+        here = f"seed={seed}", f"run_dir={Path(folder) / 'run'}"
+        run = train(compose("train", [f"domain={domain}", *chosen, *_ALWAYS, *here]))
     assert run is not None
-    return Swapped(name, domain, task.measure, task.read(run.results), chosen)
+    return Swapped(name, (seed,), domain, task.measure, chosen, (task.read(run.results),))

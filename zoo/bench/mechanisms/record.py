@@ -8,22 +8,54 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from zoo.bench.report import Curve, Point
 from zoo.errors import ConfigError
 from zoo.files import atomic_write
 
 TITLE = "attention mechanisms"
-_BY_SEED = ("seeds", "accuracies", "tests", "seconds")
-"""Of `Trained`."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A layer on a synthetic task, once for each seed."""
+class BySeed:
+    """What was trained, and what each seed gave."""
+
+    by_seed: ClassVar[tuple[str, ...]]
+    """Fields with one entry for each seed."""
 
     name: str
+    seeds: tuple[int, ...]
+
+    def settings(self) -> dict[str, Any]:
+        """All but what belongs to a seed."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.by_seed}
+
+    def has(self, settings: Mapping[str, Any]) -> bool:
+        return all(getattr(self, name) == value for name, value in settings.items())
+
+    def with_seeds_of(self, earlier: Self | None) -> Self:
+        """Those of an earlier one that are missing here, added, if it has the same settings."""
+        if earlier is None or not earlier.has(self.settings()):
+            return self
+        kept = [i for i, seed in enumerate(earlier.seeds) if seed not in self.seeds]
+        joined = {
+            name: (*(getattr(earlier, name)[i] for i in kept), *getattr(self, name)) for name in self.by_seed
+        }
+        return dataclasses.replace(self, **joined)
+
+    @classmethod
+    def stored(cls, values: Mapping[str, Any]) -> Self:
+        """From the fields as a file has them."""
+        return cls(**{**values, **{name: tuple(values[name]) for name in cls.by_seed}})
+
+
+@dataclass(frozen=True)
+class Trained(BySeed):
+    """A layer on a synthetic task."""
+
+    by_seed = ("seeds", "accuracies", "tests", "seconds")
+
     task: str
     causal: bool
     options: dict[str, Any]
@@ -32,7 +64,6 @@ class Trained:
     budget: dict[str, Any]
     chance: float
     parameters: int
-    seeds: tuple[int, ...]
     accuracies: tuple[float, ...]
     """One for each seed, as all that follows."""
     tests: tuple[dict[str, float], ...]
@@ -45,21 +76,6 @@ class Trained:
     @property
     def accuracy(self) -> float:
         return fmean(self.accuracies)
-
-    def settings(self) -> dict[str, Any]:
-        """All but what belongs to a seed."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _BY_SEED}
-
-    def has(self, settings: Mapping[str, Any]) -> bool:
-        return all(getattr(self, name) == value for name, value in settings.items())
-
-    def with_seeds_of(self, earlier: Trained) -> Trained:
-        """Those of an earlier one with the same settings that are missing here, added."""
-        kept = [i for i, seed in enumerate(earlier.seeds) if seed not in self.seeds]
-        joined = {
-            name: (*(getattr(earlier, name)[i] for i in kept), *getattr(self, name)) for name in _BY_SEED
-        }
-        return dataclasses.replace(self, **joined)
 
     def tested(self) -> dict[str, float]:
         """Mean over the seeds of each further test."""
@@ -83,14 +99,16 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Swapped:
+class Swapped(BySeed):
     """A model of a domain with its attention swapped, after a short training."""
 
-    name: str
+    by_seed = ("seeds", "values")
+
     domain: str
     measure: str
-    value: float
     overrides: tuple[str, ...]
+    """Of `zoo train`, beside the seed."""
+    values: tuple[float, ...]
 
     @property
     def part(self) -> str:
@@ -127,14 +145,12 @@ class Record:
         self.left_out.pop(key, None)
         match entry:
             case Trained():
-                earlier = self.trained.get(key)
-                if earlier is not None and earlier.has(entry.settings()):
-                    entry = entry.with_seeds_of(earlier)
-                self.trained[key] = entry
+                self.trained[key] = entry.with_seeds_of(self.trained.get(key))
             case Cost():
+                self.left_out.pop((entry.name, "cost"), None)
                 self.costs[key] = entry
             case Swapped():
-                self.swapped[key] = entry
+                self.swapped[key] = entry.with_seeds_of(self.swapped.get(key))
             case LeftOut():
                 self.left_out[key] = entry
 
@@ -170,13 +186,12 @@ def opened(path: Path, *, quick: bool) -> Record:
         raise ConfigError(f"{path} holds a {kind} run, which this one cannot add to: give another output=")
     record = Record(quick, stored["machines"])
     for values in stored["trained"]:
-        lists = {key: tuple(values[key]) for key in _BY_SEED}
-        record.add(Trained(**{**values, **lists}))
+        record.add(Trained.stored(values))
     for values in stored["costs"]:
         curve = Curve(values["name"], tuple(Point(**point) for point in values["curve"]["points"]))
         record.add(Cost(values["name"], values["pattern"], values["options"], curve, values["ends"]))
     for values in stored["swapped"]:
-        record.add(Swapped(**{**values, "overrides": tuple(values["overrides"])}))
+        record.add(Swapped.stored({**values, "overrides": tuple(values["overrides"])}))
     for values in stored["left_out"]:
         record.add(LeftOut(**values))
     return record

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -14,7 +15,7 @@ from rich.table import Table
 from zoo.bench.growth import in_words, late_slopes, markdown
 from zoo.bench.mechanisms.cost import PATTERNS
 from zoo.bench.mechanisms.pictures import draw_accuracy, draw_cost
-from zoo.bench.mechanisms.record import Cost, Record, Trained
+from zoo.bench.mechanisms.record import Cost, Record, Swapped, Trained
 from zoo.bench.synthetic import TASKS
 from zoo.files import atomic_write
 
@@ -98,11 +99,11 @@ def accuracy_sheet(record: Record) -> Sheet:
     return Sheet("Accuracy on synthetic tasks", ["attention", *tasks], rows + guessing, caption)
 
 
-def _seeds(entries: Iterable[Trained]) -> str:
+def _seeds(entries: Iterable[Trained | Swapped]) -> str:
     """How many seeds stand behind the figures of each task."""
     counts: dict[str, set[int]] = {}
     for entry in entries:
-        counts.setdefault(entry.task, set()).add(len(entry.seeds))
+        counts.setdefault(entry.part, set()).add(len(entry.seeds))
     told = [f"{task} {'-'.join(map(str, sorted(n)))}" for task, n in counts.items()]
     return f"mean over seeds, ± half of their range (seeds: {', '.join(told)})"
 
@@ -117,10 +118,13 @@ def _percent(share: float) -> str:
 
 
 def _accuracy(entry: Trained | None) -> str:
-    if entry is None:
-        return ""
-    spread = (max(entry.accuracies) - min(entry.accuracies)) / 2
-    return _percent(entry.accuracy) + (f"±{100 * spread:.1f}" if len(entry.accuracies) > 1 else "")
+    return "" if entry is None else _spread([100 * share for share in entry.accuracies], 1)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Their mean, and half of their range where there are several."""
+    half = (max(values) - min(values)) / 2
+    return f"{fmean(values):.{digits}f}" + (f"±{half:.{digits}f}" if len(values) > 1 else "")
 
 
 def further_sheets(record: Record) -> list[Sheet]:
@@ -181,9 +185,9 @@ def domain_sheet(record: Record) -> Sheet:
     """Layers by domains."""
     measures = dict.fromkeys(f"{entry.domain}\n{entry.measure}" for entry in record.swapped.values())
     names = sorted({name for name, _ in record.swapped})
-    found = {(e.name, f"{e.domain}\n{e.measure}"): f"{e.value:.3f}" for e in record.swapped.values()}
+    found = {(e.name, f"{e.domain}\n{e.measure}"): _spread(e.values, 3) for e in record.swapped.values()}
     rows = [[name, *(found.get((name, measure), "") for measure in measures)] for name in names]
-    return Sheet("One task of each domain", ["attention", *measures], rows)
+    return Sheet("One task of each domain", ["attention", *measures], rows, _seeds(record.swapped.values()))
 
 
 def ends_sheet(record: Record) -> Sheet:
