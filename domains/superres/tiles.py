@@ -29,8 +29,8 @@ SMALLEST, LOWEST = 64, 256
 """Side of the least automatic tile, in low-resolution pixels; height below which none is made wider."""
 BYTES_PER_PIXEL = {2: 3_500, 3: 5_000, 4: 7_000}
 """By scale, what the published models take at most for each low-resolution pixel of a tile."""
-TILE_MEMORY = 2**30
-"""The most that an automatic tile takes, so that 24 megapixels fit into 4 GiB with all else."""
+TILE_MEMORY = 2**30, 9 * 2**28
+"""What automatic tiles take at most, of very large pictures and of small ones: 1 and 2.25 GiB."""
 UNKNOWN_MEMORY = 2**31
 
 Emit = Callable[[int, Tensor], None]
@@ -93,9 +93,14 @@ def upscaled(model: nn.Module, image: Tensor, **options: Any) -> Tensor:
     return result
 
 
-def automatic_pixels(scale: int, device: torch.device) -> int:
-    """Low-resolution pixels of the largest tile that takes at most a third of the free memory."""
-    memory = min(free_memory(device) / 3, TILE_MEMORY)
+def automatic_pixels(image: Tensor, scale: int, device: torch.device) -> int:
+    """Low-resolution pixels of the largest tile that takes at most a third of the free memory.
+
+    It leaves room for twice the result, so that 24 megapixels fit into 4 GiB with all else.
+    """
+    least, most = TILE_MEMORY
+    result = 3 * scale**2 * image[0].numel() * image.element_size()
+    memory = min(free_memory(device) / 3, max(least, most - 2 * result))
     return max(int(memory / BYTES_PER_PIXEL.get(scale, max(BYTES_PER_PIXEL.values()))), SMALLEST**2)
 
 
@@ -122,7 +127,7 @@ def tile_shape(model: nn.Module, image: Tensor, tile: int | str | None, overlap:
     if tile is None:
         return height, width
     if tile == "auto":
-        pixels = automatic_pixels(cast(Any, model).scale, _device(model))
+        pixels = automatic_pixels(image, cast(Any, model).scale, _device(model))
         rows = min(max(pixels // width, min(LOWEST, math.isqrt(pixels)), smallest), height)
         return rows, min(max(pixels // rows, smallest), width)
     if not isinstance(tile, int) or tile < smallest:

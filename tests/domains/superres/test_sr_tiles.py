@@ -148,10 +148,24 @@ def test_the_automatic_tile_follows_the_free_memory(monkeypatch: pytest.MonkeyPa
         found = []
         for free in (0, 2**29, 2**31, 2**40):
             monkeypatch.setattr(tiles, "free_memory", lambda _, free=free: free)
-            found.append(automatic_pixels(scale, cpu))
+            found.append(automatic_pixels(torch.empty(3, 64, 64, dtype=torch.uint8), scale, cpu))
         assert found == sorted(found)
         assert found[0] == tiles.SMALLEST**2
-        assert tiles.BYTES_PER_PIXEL[scale] * found[-1] <= tiles.TILE_MEMORY
+        assert tiles.BYTES_PER_PIXEL[scale] * found[-1] <= tiles.TILE_MEMORY[1]
+
+
+def test_the_automatic_tile_leaves_room_for_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice its bytes, more of 16 bits; 24 megapixels at x4 get the least."""
+    monkeypatch.setattr(tiles, "free_memory", lambda _: 2**40)
+
+    def memory(scale: int, dtype: torch.dtype = torch.uint8) -> float:
+        photo = torch.empty(1, dtype=dtype).expand(3, 4000, 6000)
+        pixels = automatic_pixels(photo, scale, torch.device("cpu"))
+        return pixels * tiles.BYTES_PER_PIXEL[scale] / 2**30
+
+    assert memory(2) == pytest.approx(2.25 - 2 * 288e6 / 2**30, abs=1e-4)
+    assert memory(2, torch.uint16) == pytest.approx(2.25 - 4 * 288e6 / 2**30, abs=1e-4)
+    assert memory(4) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize(
